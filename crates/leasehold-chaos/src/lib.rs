@@ -1,0 +1,1 @@
+//! Real servers, proxies and faults for the tests of Leasehold.

@@ -1,0 +1,78 @@
+//! The store contract: what every store does, in numbered clauses.
+//!
+//! The clauses, each with one test of the same number in [`conformance`](crate::conformance):
+//!
+//! 1. One holder: between a grant and the end of its lease nobody else is granted the name.
+//! 2. The same claim presented twice yields the same grant and the same token.
+//! 3. Release by a claim that does not hold changes nothing and says which case it was.
+//! 4. Releasing twice, or after expiry, is an answer, never an error.
+//! 5. An unrenewed claim is free within its TTL and the store's slack; a waiter gets it then without any message.
+//! 6. Renewing after a loss says `Lost`. It never re-creates anything, and renewing never shortens a lease.
+//! 7. Each grant of a name has a larger token than every earlier one, as far as [`Guarantees::fencing`] says.
+//! 8. FIFO stores grant in the order of arrival; a claim that is not to queue neither waits nor joins the queue.
+//! 9. A cancelled acquire leaves neither a hold nor a place in the queue.
+//! 10. A lost reply is `Unknown`, not a failure: presenting again resolves it, or release frees the lock; a request that
+//!     arrives after its claim was released creates nothing.
+//! 11. Names never collide; an invalid one is refused before any I/O.
+//! 12. The lease is counted from before the request was sent; each store has a least and a most TTL and refuses others.
+//! 13. A dead waiter delays the others by one lease at most.
+
+use std::fmt::Debug;
+use std::fs::File;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::error::Result;
+use crate::types::{
+    Acquired, Claim, Finding, Guarantees, Held, LockView, Page, Query, Released, Renewal, Ticket, Woken,
+};
+
+/// A place that keeps locks. See the [module](self) for the clauses it must keep.
+///
+/// Every method may be dropped at any await: what it began is then unknown, and the caller releases or presents again.
+#[async_trait]
+pub trait Store: Debug + Send + Sync + 'static {
+    /// Presents a claim: granted, queued or busy. Idempotent for one claim id. One round trip.
+    ///
+    /// # Errors
+    /// `Unavailable` if it was not sent, `Unknown` if no answer came, `Rejected` and `Invalid` for good.
+    async fn acquire(&self, claim: &Claim) -> Result<Acquired>;
+
+    /// Waits until a queued claim should be presented again; may be early, is never the only way out of a wait.
+    async fn woken(&self, ticket: &Ticket) -> Woken;
+
+    /// Extends, or only confirms, what is held: one answer an item, in one round trip for as many as the store can.
+    async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>>;
+
+    /// Gives a lock back if this claim holds it. One round trip.
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire). Not holding it is an answer.
+    async fn release(&self, held: &Held) -> Result<Released>;
+
+    /// Leaves the queue, and gives back a grant that came meanwhile.
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire).
+    async fn withdraw(&self, ticket: &Ticket) -> Result<()>;
+
+    /// Who holds what.
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire).
+    async fn inspect(&self, query: &Query) -> Result<Page<LockView>>;
+
+    /// What it promises, as found when it was connected.
+    fn guarantees(&self) -> Guarantees;
+
+    /// Where it is, as a URL without secrets.
+    fn location(&self) -> Arc<str>;
+
+    /// Looks the store over for an operator: reach, login, role, persistence, rights.
+    async fn diagnose(&self) -> Vec<Finding>;
+
+    /// The file whose kernel lock says that this process lives, where the store goes by that. A child that inherits it
+    /// keeps the process's locks from passing on early.
+    fn lifeline(&self) -> Option<Arc<File>>;
+}

@@ -1,0 +1,1 @@
+//! The stores. Each imports only `types`, `error`, `store` and `clock`.
