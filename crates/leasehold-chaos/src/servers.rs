@@ -152,7 +152,9 @@ impl RedisServer {
     pub fn builder() -> Builder {
         Builder {
             program: "redis-server".into(),
-            args: ["--save", "", "--bind", "127.0.0.1", "--daemonize", "no"].map(String::from).into(),
+            args: ["--save", "", "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0"]
+                .map(String::from)
+                .into(),
             password: None,
             unix_socket: false,
             tls: false,
