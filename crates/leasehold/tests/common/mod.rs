@@ -110,7 +110,7 @@ fn free_port() -> u16 {
 }
 
 /// A store at that URL, its connection on a runtime that ends with the test's process.
-pub async fn store(url: &str) -> leasehold::error::Result<Arc<RedisStore>> {
+pub async fn store(url: &str) -> leasehold::Result<Arc<RedisStore>> {
     RedisStore::connect(RedisConfig::from_url(url)?, runtime()).await
 }
 
