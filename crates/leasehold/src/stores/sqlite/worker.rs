@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::database::Database;
+use super::database::{Database, Transaction};
 use super::{Options, open};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -56,26 +56,48 @@ impl Worker {
         Ok((Self { jobs: Some(jobs), ended: Mutex::new(ended) }, seen))
     }
 
-    /// Has the thread do `work` and waits for its answer.
-    ///
-    /// # Cancel safety
-    /// Dropped before the thread came to it, nothing is done; dropped later, all of it.
-    pub(super) async fn call<T: Send + 'static>(
+    /// Has the thread do `work` without a turn at the gate and waits for its answer: for looking.
+    pub(super) async fn look<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Database) -> T + Send + 'static,
+        work: impl FnOnce(&Database) -> T + Send + 'static,
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        let job: Job = Box::new(move |database| {
+        self.send(Box::new(move |database| {
             if !reply.is_closed() {
-                // The caller may have gone while it was done: it is then unknown to the caller, as the contract says.
                 let _ = reply.send(work(database));
             }
-        });
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        if !sent {
-            return Err(Error::new(ErrorKind::Unavailable, "the thread of the lock database has ended"));
-        }
+        }))?;
         answer.await.map_err(|_| ended_early())
+    }
+
+    /// Has the thread do `work` in a transaction and waits for its answer.
+    ///
+    /// # Cancel safety
+    /// Dropped before its transaction began, nothing is done; dropped later, all of it.
+    pub(super) async fn transact<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Box::new(move |database| {
+            if reply.is_closed() {
+                return;
+            }
+            let entered = database.enter();
+            // The wait for the turn may have been long.
+            if !reply.is_closed() {
+                // If the caller goes while it is done, that is unknown to the caller, as the contract says.
+                let _ = reply.send(entered.and_then(|()| database.transaction(work)));
+            }
+        }))?;
+        answer.await.unwrap_or_else(|_| Err(ended_early()))
+    }
+
+    fn send(&self, job: Job) -> Result<()> {
+        match self.jobs.as_ref().map(|jobs| jobs.send(job)) {
+            Some(Ok(())) => Ok(()),
+            _ => Err(Error::new(ErrorKind::Unavailable, "the thread of the lock database has ended")),
+        }
     }
 }
 
