@@ -347,7 +347,10 @@ mod tests {
 
     #[test]
     fn a_timeout_drops_the_work_and_a_dropped_sleep_leaves_no_timer() {
-        let got = pollster::block_on(timeout_at(now().plus(Duration::from_millis(5)), std::future::pending::<()>()));
+        let got = pollster::block_on(timeout_at(
+            now().plus(Duration::from_millis(5)),
+            std::future::pending::<()>(),
+        ));
         assert_eq!(got, None);
         let mut sleep = Box::pin(sleep(Duration::from_secs(3600)));
         assert!(sleep.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());

@@ -20,10 +20,11 @@
 use std::fmt::Debug;
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::types::{
     Acquired, Claim, Finding, Guarantees, Held, LockView, Page, Query, Released, Renewal, Ticket, Woken,
 };
@@ -75,4 +76,18 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// The file whose kernel lock says that this process lives, where the store goes by that. A child that inherits it
     /// keeps the process's locks from passing on early.
     fn lifeline(&self) -> Option<Arc<File>>;
+}
+
+/// Refuses a TTL outside of what a store takes, before any I/O.
+///
+/// # Errors
+/// `Invalid`, with the bounds.
+pub fn check_ttl(guarantees: &Guarantees, ttl: Duration) -> Result<()> {
+    let (least, most) = (guarantees.least_ttl, guarantees.most_ttl);
+    if (least..=most).contains(&ttl) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "a TTL of {ttl:?} is outside of what this store takes, {least:?} to {most:?}"
+    )))
 }

@@ -516,6 +516,7 @@ pub enum Persistence {
 /// What a store promises, as data, found by looking at this very server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[expect(clippy::struct_excessive_bools, reason = "a list of independent yes-or-no facts")]
 pub struct Guarantees {
     /// How far tokens can be trusted to grow.
     pub fencing: Fencing,
@@ -536,12 +537,12 @@ pub struct Guarantees {
     /// Whether an acknowledged grant can be lost by a failover to a replica.
     pub lost_at_failover: bool,
     /// The server and its version, for people.
-    pub server: String,
+    pub server: Arc<str>,
 }
 
 impl Guarantees {
     /// The strictest promise of a store of that name; a store lowers what it cannot keep.
-    pub fn strict(server: impl Into<String>) -> Self {
+    pub fn strict(server: impl Into<Arc<str>>) -> Self {
         Self {
             fencing: Fencing::Strict,
             persistence: Persistence::Durable,

@@ -1,0 +1,425 @@
+//! One test function for each clause of the [store contract](crate::store), over any [`Store`].
+//!
+//! Run them all for a store of your own:
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! use leasehold::{conformance, stores::memory::MemoryStore};
+//! let store = MemoryStore::new();
+//! for clause in conformance::CLAUSES {
+//!     (clause.check)(&store).await; // panics with what went wrong
+//! }
+//! # }
+//! ```
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use crate::clock::{self, Instant};
+use crate::error::ErrorKind;
+use crate::store::Store;
+use crate::types::{
+    Acquired, Claim, FencingToken, Grant, Guarantees, Held, MAX_NAME_BYTES, Name, Query, Released, Renewal,
+    Ticket,
+};
+
+/// A check under way.
+pub type Check<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+
+/// A clause of the contract and its check.
+#[derive(Clone, Copy, Debug)]
+pub struct Clause {
+    /// The number in the contract.
+    pub number: u8,
+    /// The name of the check.
+    pub name: &'static str,
+    /// The check. It panics if the store breaks the clause.
+    pub check: for<'a> fn(&'a dyn Store) -> Check<'a>,
+}
+
+macro_rules! clauses {
+    ($($number:literal $name:ident),* $(,)?) => {
+        /// Every clause of the contract, in order.
+        pub const CLAUSES: &[Clause] = &[$(Clause {
+            number: $number,
+            name: stringify!($name),
+            check: |store| Box::pin($name(store)),
+        }),*];
+    };
+}
+
+clauses! {
+    1 one_holder,
+    2 same_claim_same_grant,
+    3 release_by_a_stranger_changes_nothing,
+    4 releasing_again_is_an_answer,
+    5 an_unrenewed_claim_becomes_free,
+    6 renewing_after_a_loss_says_lost,
+    7 tokens_grow,
+    8 a_claim_that_is_not_to_queue_does_not_wait,
+    9 a_cancelled_acquire_leaves_nothing,
+    10 a_late_request_creates_nothing,
+    11 names_never_collide,
+    12 leases_are_bounded_and_counted_from_before,
+    13 a_dead_waiter_delays_nobody_for_long,
+}
+
+const TTL: Duration = Duration::from_secs(30);
+
+/// A name that no other test and no other run has.
+fn fresh(what: &str) -> Name {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    Name::new(format!("conformance:{}:{count}:{what}", &clock::claim_id().to_string()[..12]))
+        .expect("it is valid")
+}
+
+fn claim(name: &Name, ttl: Duration) -> Claim {
+    Claim::new(name.clone(), clock::claim_id(), ttl)
+}
+
+async fn granted(store: &dyn Store, claim: &Claim) -> Grant {
+    match store.acquire(claim).await {
+        Ok(Acquired::Granted(grant)) => grant,
+        other => panic!("{} should have been granted: {other:?}", claim.name),
+    }
+}
+
+async fn refused(store: &dyn Store, claim: &Claim) -> Option<crate::types::Holder> {
+    match store.acquire(claim).await {
+        Ok(Acquired::Busy(holder)) => Some(holder),
+        Ok(Acquired::Queued(_)) => None,
+        other => panic!("{} should have been busy: {other:?}", claim.name),
+    }
+}
+
+async fn released(store: &dyn Store, held: &Held) -> Released {
+    store.release(held).await.expect("a release is answered")
+}
+
+async fn renewed(store: &dyn Store, held: &Held) -> Renewal {
+    let mut answers = store.renew(std::slice::from_ref(held)).await;
+    assert_eq!(answers.len(), 1, "one answer for each item");
+    answers.remove(0).expect("a renewal is answered")
+}
+
+/// The moment by which `name` is free, waited for as a waiter would: by trying.
+async fn free_by(store: &dyn Store, name: &Name, latest: Instant) -> Grant {
+    let waiter = claim(name, TTL);
+    loop {
+        let looked_at = clock::now();
+        match store.acquire(&waiter).await.expect("an acquire is answered") {
+            Acquired::Granted(grant) => {
+                let _ = released(store, &Held::new(&waiter, &grant)).await;
+                return grant;
+            }
+            _ if looked_at < latest => clock::sleep(Duration::from_millis(5)).await,
+            other => panic!("{name} should have been free by now: {other:?}"),
+        }
+    }
+}
+
+/// Time that a busy test machine may take to come back to us; never a bound on the store itself.
+const GRACE: Duration = Duration::from_secs(2);
+
+fn free_again(guarantees: &Guarantees, ttl: Duration) -> Instant {
+    clock::now().plus(ttl).plus(guarantees.slack).plus(GRACE)
+}
+
+/// Clause 1: between a grant and the end of its lease nobody else is granted the name.
+pub async fn one_holder(store: &dyn Store) {
+    let name = fresh("one");
+    let (first, second) = (claim(&name, TTL), claim(&name, TTL));
+    let grant = granted(store, &first).await;
+    let holder = refused(store, &second).await;
+    if let Some(holder) = holder {
+        assert_eq!((holder.id, holder.token), (Some(first.id), Some(grant.token)), "the holder is named");
+        assert!(holder.remaining.is_some_and(|left| left <= TTL), "{:?}", holder.remaining);
+    }
+    assert_eq!(released(store, &Held::new(&first, &grant)).await, Released::Released);
+    granted(store, &second).await;
+    refused(store, &first).await;
+
+    // The same at the end of a lease that nobody releases.
+    let short = store.guarantees().least_ttl.max(Duration::from_millis(150));
+    let name = fresh("one-expiring");
+    let sent = clock::now();
+    let holder = claim(&name, short);
+    let grant = granted(store, &holder).await;
+    let trusted = crate::lease::valid_until(sent, grant.ttl);
+    let waiter = claim(&name, TTL);
+    loop {
+        let asked = store.acquire(&waiter).await.expect("an acquire is answered");
+        match asked {
+            Acquired::Granted(_) => break,
+            _ => clock::sleep(Duration::from_millis(2)).await,
+        }
+    }
+    assert!(clock::now() >= trusted, "granted to another while the first could still be trusted");
+}
+
+/// Clause 2: the same claim presented twice yields the same grant and the same token.
+pub async fn same_claim_same_grant(store: &dyn Store) {
+    let name = fresh("same");
+    let mine = claim(&name, TTL);
+    let first = granted(store, &mine).await;
+    for _ in 0..3 {
+        let again = granted(store, &mine).await;
+        assert_eq!(again.token, first.token);
+        assert!(again.ttl <= TTL, "presenting again must not add time: {:?}", again.ttl);
+    }
+    refused(store, &claim(&name, TTL)).await;
+    assert_eq!(released(store, &Held::new(&mine, &first)).await, Released::Released);
+    granted(store, &claim(&name, TTL)).await;
+}
+
+/// Clause 3: release by a claim that does not hold changes nothing and says which case it was.
+pub async fn release_by_a_stranger_changes_nothing(store: &dyn Store) {
+    let name = fresh("stranger");
+    let (holder, stranger) = (claim(&name, TTL), claim(&name, TTL));
+    assert_eq!(released(store, &Held::unanswered(&stranger)).await, Released::NotHeld);
+    let grant = granted(store, &holder).await;
+    assert_eq!(released(store, &Held::unanswered(&claim(&name, TTL))).await, Released::HeldByOther);
+    // Also with the holder's token: the claim decides.
+    assert_eq!(released(store, &Held::new(&claim(&name, TTL), &grant)).await, Released::HeldByOther);
+    let still = Held { extend: None, ..Held::new(&holder, &grant) };
+    assert!(matches!(renewed(store, &still).await, Renewal::Renewed(_)));
+}
+
+/// Clause 4: releasing twice, or after expiry, is an answer.
+pub async fn releasing_again_is_an_answer(store: &dyn Store) {
+    let name = fresh("again");
+    let mine = claim(&name, TTL);
+    let held = Held::new(&mine, &granted(store, &mine).await);
+    assert_eq!(released(store, &held).await, Released::Released);
+    assert_eq!(released(store, &held).await, Released::NotHeld);
+    let short = store.guarantees().least_ttl.max(Duration::from_millis(50));
+    let brief = claim(&name, short);
+    let held = Held::new(&brief, &granted(store, &brief).await);
+    free_by(store, &name, free_again(&store.guarantees(), short)).await;
+    assert_eq!(released(store, &held).await, Released::NotHeld);
+    let next = claim(&name, TTL);
+    let _ = granted(store, &next).await;
+    assert_eq!(released(store, &held).await, Released::HeldByOther);
+}
+
+/// Clause 5: an unrenewed claim is free within its TTL and the slack, without any message.
+pub async fn an_unrenewed_claim_becomes_free(store: &dyn Store) {
+    let name = fresh("unrenewed");
+    let short = store.guarantees().least_ttl.max(Duration::from_millis(100));
+    let _ = granted(store, &claim(&name, short)).await;
+    free_by(store, &name, free_again(&store.guarantees(), short)).await;
+}
+
+/// Clause 6: renewing after a loss says `Lost`, re-creates nothing, and never shortens a lease.
+pub async fn renewing_after_a_loss_says_lost(store: &dyn Store) {
+    let name = fresh("renew");
+    let mine = claim(&name, TTL);
+    let grant = granted(store, &mine).await;
+    let held = Held::new(&mine, &grant);
+    let shorter = Held { extend: Some(TTL / 3), ..held.clone() };
+    let Renewal::Renewed(left) = renewed(store, &shorter).await else { panic!("it is held") };
+    assert!(left > TTL / 2 && left <= TTL, "renewing shortened the lease to {left:?}");
+    let longer = Held { extend: Some(TTL * 2), ..held.clone() };
+    let Renewal::Renewed(left) = renewed(store, &longer).await else { panic!("it is held") };
+    assert!(left > TTL && left <= TTL * 2, "renewing did not lengthen the lease: {left:?}");
+    let confirm = Held { extend: None, ..held.clone() };
+    let Renewal::Renewed(same) = renewed(store, &confirm).await else { panic!("it is held") };
+    assert!(same <= left, "confirming adds no time");
+
+    // A batch: each item has its own answer, whatever the others have.
+    let strange = Held::unanswered(&claim(&name, TTL));
+    let free = Held::unanswered(&claim(&fresh("free"), TTL));
+    let answers = store.renew(&[strange, held.clone(), free.clone()]).await;
+    let answers: Vec<_> = answers.into_iter().map(|answer| answer.expect("answered")).collect();
+    assert!(matches!(answers[..], [Renewal::Lost, Renewal::Renewed(_), Renewal::Lost]), "{answers:?}");
+    assert!(store.renew(&[]).await.is_empty());
+
+    assert_eq!(released(store, &held).await, Released::Released);
+    assert_eq!(renewed(store, &held).await, Renewal::Lost);
+    assert_eq!(renewed(store, &free).await, Renewal::Lost);
+    let next = claim(&name, TTL);
+    let grant = granted(store, &next).await;
+    assert_eq!(renewed(store, &held).await, Renewal::Lost, "a renewal took over another's lock");
+    assert_eq!(released(store, &Held::new(&next, &grant)).await, Released::Released);
+}
+
+/// Clause 7: each grant of a name has a larger token than every earlier one.
+pub async fn tokens_grow(store: &dyn Store) {
+    let (name, other) = (fresh("tokens"), fresh("other-tokens"));
+    let short = store.guarantees().least_ttl.max(Duration::from_millis(30));
+    let mut last = FencingToken::new(0);
+    for round in 0..12 {
+        // Released, or left to expire; other names in between make no difference.
+        let expires = round % 4 == 3;
+        let mine = claim(&name, if expires { short } else { TTL });
+        let grant = granted(store, &mine).await;
+        assert!(grant.token > last, "{} after {last}", grant.token);
+        assert!(grant.token.get() <= FencingToken::MAX);
+        last = grant.token;
+        if expires {
+            let grant = free_by(store, &name, free_again(&store.guarantees(), short)).await;
+            assert!(grant.token > last);
+            last = grant.token;
+        } else {
+            assert_eq!(released(store, &Held::new(&mine, &grant)).await, Released::Released);
+        }
+        let _ = granted(store, &claim(&other, short)).await;
+        free_by(store, &other, free_again(&store.guarantees(), short)).await;
+    }
+}
+
+/// Clause 8: a claim that is not to queue neither waits nor joins a queue. (The order of arrival comes with the queues.)
+pub async fn a_claim_that_is_not_to_queue_does_not_wait(store: &dyn Store) {
+    let name = fresh("no-queue");
+    let holder = claim(&name, TTL);
+    let grant = granted(store, &holder).await;
+    for _ in 0..3 {
+        match store.acquire(&claim(&name, TTL)).await {
+            Ok(Acquired::Busy(_)) => {}
+            other => panic!("neither waits nor queues: {other:?}"),
+        }
+    }
+    let view = store.inspect(&Query::One(name.clone())).await.expect("answered").items.remove(0);
+    assert_eq!(view.waiters, 0);
+    assert_eq!(released(store, &Held::new(&holder, &grant)).await, Released::Released);
+    let view = store.inspect(&Query::One(name.clone())).await.expect("answered").items.remove(0);
+    assert!(view.holder.is_none(), "nobody got it by having tried before: {view:?}");
+}
+
+/// Clause 9: an acquire dropped at any await, and then released as suspect, leaves neither a hold nor a place in a queue.
+pub async fn a_cancelled_acquire_leaves_nothing(store: &dyn Store) {
+    for polls in 1..=24 {
+        let name = fresh("cancelled");
+        let mine = claim(&name, TTL);
+        let finished = poll_so_often(store.acquire(&mine), polls).await;
+        let _ = released(store, &Held::unanswered(&mine)).await;
+        let next = claim(&name, TTL);
+        let grant = granted(store, &next).await;
+        assert_eq!(released(store, &Held::new(&next, &grant)).await, Released::Released);
+        if finished {
+            return;
+        }
+    }
+}
+
+/// Polls `work` so often, each time when it asked to be polled, then drops it; true if it was done by then.
+async fn poll_so_often<T>(work: impl Future<Output = T>, polls: usize) -> bool {
+    let mut work = Box::pin(work);
+    let mut left = polls;
+    std::future::poll_fn(|cx: &mut Context<'_>| {
+        left -= 1;
+        match work.as_mut().poll(cx) {
+            Poll::Ready(_) => Poll::Ready(true),
+            Poll::Pending if left == 0 => Poll::Ready(false),
+            Poll::Pending => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// Clause 10: a request that arrives after its claim was released as suspect, or withdrawn, creates nothing.
+pub async fn a_late_request_creates_nothing(store: &dyn Store) {
+    for withdraw in [false, true] {
+        let name = fresh("late");
+        let mine = claim(&name, TTL);
+        if withdraw {
+            store.withdraw(&Ticket::new(&mine)).await.expect("a withdrawal is answered");
+        } else {
+            assert_eq!(released(store, &Held::unanswered(&mine)).await, Released::NotHeld);
+        }
+        for _ in 0..2 {
+            let late = store.acquire(&mine).await;
+            let refused = matches!(&late, Err(error) if error.kind() == ErrorKind::Rejected);
+            assert!(refused, "a withdrawn claim was granted: {late:?}");
+        }
+        let next = claim(&name, TTL);
+        let grant = granted(store, &next).await;
+        assert_eq!(renewed(store, &Held::unanswered(&mine)).await, Renewal::Lost);
+        assert_eq!(released(store, &Held::new(&next, &grant)).await, Released::Released);
+    }
+}
+
+/// Clause 11: names never collide.
+pub async fn names_never_collide(store: &dyn Store) {
+    let run = fresh("names").to_string();
+    let long = "x".repeat(MAX_NAME_BYTES - run.len() - 3);
+    let mut names: Vec<Vec<u8>> = [
+        "a", "A", "а", "a ", " a", "a/b", "a/", "a//b", "a:b", "a.b", "a\\b", "á", "a\u{301}", "{a}", "{a}b",
+        "b{a}", "{}a", "a{}", "a{", "a}", "}{", "{{a}}", "a\n", "a\0", "a\0b", "*", "a*", "a?", "a%", "a_b",
+        "'", "\"", "--",
+    ]
+    .iter()
+    .map(|end| format!("{run}:{end}").into_bytes())
+    .collect();
+    names.extend([format!("{run}:{long}a"), format!("{run}:{long}b")].map(String::into_bytes));
+    names.push([run.as_bytes(), &[b':', 0xff, 0xfe]].concat());
+    names.push([run.as_bytes(), &[b':', 0xff, 0xff]].concat());
+    let mut held = Vec::new();
+    for name in &names {
+        let name = Name::new(name).expect("it is valid");
+        let mine = claim(&name, TTL);
+        let grant = granted(store, &mine).await;
+        refused(store, &claim(&name, TTL)).await;
+        held.push(Held::new(&mine, &grant));
+    }
+    for answer in store.renew(&held).await {
+        assert!(matches!(answer, Ok(Renewal::Renewed(_))), "{answer:?}");
+    }
+    for held in &held {
+        let view = store.inspect(&Query::One(held.name.clone())).await.expect("answered").items.remove(0);
+        assert_eq!(view.name, held.name);
+        assert_eq!(view.holder.and_then(|holder| holder.id), Some(held.id));
+        assert_eq!(released(store, held).await, Released::Released);
+    }
+}
+
+/// Clause 12: the lease counts from before the request; a TTL out of bounds is refused before any I/O.
+pub async fn leases_are_bounded_and_counted_from_before(store: &dyn Store) {
+    let guarantees = store.guarantees();
+    let name = fresh("bounds");
+    let outside = [
+        Duration::ZERO,
+        guarantees.least_ttl.saturating_sub(Duration::from_millis(1)),
+        guarantees.most_ttl + Duration::from_secs(1),
+        Duration::MAX,
+    ];
+    for ttl in outside {
+        let answer = store.acquire(&claim(&name, ttl)).await;
+        let refused = matches!(&answer, Err(error) if error.kind() == ErrorKind::Invalid);
+        assert!(refused, "a TTL of {ttl:?}: {answer:?}");
+    }
+    for ttl in [guarantees.most_ttl, Duration::from_secs(365 * 24 * 3600).min(guarantees.most_ttl), TTL] {
+        let mine = claim(&name, ttl);
+        let grant = granted(store, &mine).await;
+        assert!(!grant.ttl.is_zero() && grant.ttl <= ttl, "{:?} granted of {ttl:?}", grant.ttl);
+        assert_eq!(released(store, &Held::new(&mine, &grant)).await, Released::Released);
+    }
+    // Whatever is granted, it is not free before that much time has passed since before the request.
+    let short = guarantees.least_ttl.max(Duration::from_millis(120));
+    let sent = clock::now();
+    let grant = granted(store, &claim(&name, short)).await;
+    free_by(store, &name, free_again(&guarantees, short)).await;
+    let held_for = clock::now().since(sent);
+    assert!(held_for.saturating_add(crate::lease::drift(grant.ttl)) >= grant.ttl, "free after {held_for:?}");
+}
+
+/// Clause 13: a waiter that died delays the others by one lease at most.
+pub async fn a_dead_waiter_delays_nobody_for_long(store: &dyn Store) {
+    let name = fresh("dead-waiter");
+    let short = store.guarantees().least_ttl.max(Duration::from_millis(100));
+    let holder = claim(&name, short);
+    let grant = granted(store, &holder).await;
+    // It asks to wait, or is told that it is busy, and is never heard of again.
+    let dead = claim(&name, short).with_queue(true);
+    refused(store, &dead).await;
+    let mut forgotten = Box::pin(store.acquire(&dead));
+    let _ = forgotten.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    drop(forgotten);
+    let _ = released(store, &Held::new(&holder, &grant)).await;
+    free_by(store, &name, free_again(&store.guarantees(), short * 2)).await;
+}

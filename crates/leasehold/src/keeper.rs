@@ -1,0 +1,588 @@
+//! The keeper: one thread for each `Locks`, with a runtime of its own, that renews what is held in batches, releases what
+//! was dropped, and notices what was lost.
+//!
+//! It is the only one that renews, and all connection drivers live on its runtime, so that a user's blocked executor,
+//! dropped runtime or panic costs no lock.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::{Notify, oneshot};
+
+use crate::clock::{self, Instant, Now};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lease::{Lease, Loss, Next, Outcome, Status, drift};
+use crate::store::Store;
+use crate::types::{Claim, ClaimId, FencingToken, Grant, Held, Released, Renewal};
+
+/// How long the last handle waits, unless set, for releases still under way.
+pub const DEFAULT_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+/// The most claims in one call of the store's `renew`.
+const BATCH: usize = 1_000;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere must not cost the other locks of the process their renewal; all states here are whole at any time.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The runtime of a keeper before it has a store: connections are dialled on it.
+#[derive(Debug)]
+pub struct Bench {
+    runtime: Handle,
+    store: oneshot::Sender<Arc<Shared>>,
+}
+
+impl Bench {
+    /// Starts the thread. Dropping the bench ends it.
+    ///
+    /// # Errors
+    /// `Unavailable` if the operating system gives no thread.
+    pub fn start() -> Result<Self> {
+        let unable =
+            |e| Error::new(ErrorKind::Unavailable, "could not start the keeper's thread").caused_by(e);
+        let runtime: Runtime = Builder::new_current_thread().enable_all().build().map_err(unable)?;
+        let handle = runtime.handle().clone();
+        let (store, ready) = oneshot::channel::<Arc<Shared>>();
+        std::thread::Builder::new()
+            .name("leasehold-keeper".into())
+            .spawn(move || {
+                runtime.block_on(async {
+                    if let Ok(shared) = ready.await {
+                        shared.serve().await;
+                    }
+                });
+                // A store's blocked worker must not hold up the end of the thread.
+                runtime.shutdown_background();
+            })
+            .map_err(unable)?;
+        Ok(Self { runtime: handle, store })
+    }
+
+    /// Where connection drivers are to live.
+    pub fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// Takes up the keeper's work for `store`.
+    pub fn keep(self, store: Arc<dyn Store>, close_timeout: Duration) -> Arc<Keeper> {
+        let shared = Arc::new(Shared {
+            store,
+            table: Mutex::new(Table {
+                due: BTreeMap::new(),
+                releases: Vec::new(),
+                outstanding: 0,
+                planned: Instant::FAR,
+                closing: false,
+            }),
+            bell: Notify::new(),
+            idle: Condvar::new(),
+            idle_bell: Notify::new(),
+            phase: clock::jitter(Duration::from_secs(3600)),
+        });
+        // The thread waits for exactly this; it can only be gone if it panicked, and then nothing is ever renewed.
+        let _ = self.store.send(shared.clone());
+        Arc::new(Keeper { shared, close_timeout })
+    }
+}
+
+/// The handle that `Locks`, mutexes and guards share. The last one dropped waits, bounded, for releases under way.
+#[derive(Debug)]
+pub struct Keeper {
+    shared: Arc<Shared>,
+    close_timeout: Duration,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Arc<dyn Store>,
+    table: Mutex<Table>,
+    bell: Notify,
+    idle: Condvar,
+    idle_bell: Notify,
+    /// Where the renewal grid of this process lies, so that processes do not renew in step.
+    phase: Duration,
+}
+
+#[derive(Debug)]
+struct Table {
+    /// What is to be looked at, by time.
+    due: BTreeMap<(Instant, ClaimId), Arc<Cell>>,
+    /// Posted by drops, to be begun.
+    releases: Vec<(Held, Instant)>,
+    /// Releases posted and not finished.
+    outstanding: usize,
+    /// Until when the thread sleeps.
+    planned: Instant,
+    closing: bool,
+}
+
+impl Keeper {
+    /// The store.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.shared.store
+    }
+
+    /// Begins to keep what `claim` was granted in answer to a request sent at `sent`.
+    pub fn keep(
+        &self,
+        claim: &Claim,
+        grant: &Grant,
+        sent: Now,
+        renewing: bool,
+        max_hold: Option<Duration>,
+        suspect: bool,
+    ) -> Arc<Cell> {
+        let mut held = Held::new(claim, grant);
+        held.suspect = suspect;
+        let lease = Lease::new(sent, claim.ttl, grant.ttl, renewing, max_hold);
+        let first = lease.first(clock::now(), self.shared.phase);
+        let cell = Arc::new(Cell {
+            held,
+            token: grant.token,
+            state: Mutex::new(State { lease, due: None, phase: Phase::Held, in_flight: false, version: 0 }),
+            changed: Notify::new(),
+        });
+        if let Next::At(due) = first {
+            self.shared.plan(&cell, due);
+        }
+        cell
+    }
+
+    /// Posts the release of what `held` may hold, to be tried until `until`. Never blocks.
+    pub fn post_release(&self, held: Held, until: Instant) {
+        let mut table = lock(&self.shared.table);
+        table.outstanding += 1;
+        table.releases.push((held, until));
+        drop(table);
+        self.shared.bell.notify_one();
+    }
+
+    /// Waits until every release under way has ended.
+    pub async fn settled(&self) {
+        loop {
+            let notified = self.shared.idle_bell.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            if lock(&self.shared.table).outstanding == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let mut table = lock(&self.shared.table);
+        table.closing = true;
+        self.shared.bell.notify_one();
+        let _unfinished = self
+            .shared
+            .idle
+            .wait_timeout_while(table, self.close_timeout, |table| table.outstanding > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+impl Shared {
+    fn plan(&self, cell: &Arc<Cell>, due: Instant) {
+        let mut table = lock(&self.table);
+        let mut state = lock(&cell.state);
+        if state.phase != Phase::Held {
+            return;
+        }
+        if let Some(old) = state.due.replace(due) {
+            table.due.remove(&(old, cell.held.id));
+        }
+        table.due.insert((due, cell.held.id), cell.clone());
+        if due < table.planned {
+            table.planned = due;
+            self.bell.notify_one();
+        }
+    }
+
+    fn unplan(&self, cell: &Cell) {
+        let mut table = lock(&self.table);
+        if let Some(due) = lock(&cell.state).due.take() {
+            table.due.remove(&(due, cell.held.id));
+        }
+    }
+
+    async fn serve(self: Arc<Self>) {
+        loop {
+            let (batches, releases, next, closing) = self.collect();
+            for batch in batches {
+                tokio::spawn(self.clone().renew(batch));
+            }
+            for (held, until) in releases {
+                tokio::spawn(self.clone().release(held, until));
+            }
+            if closing && lock(&self.table).outstanding == 0 {
+                return;
+            }
+            tokio::select! {
+                () = self.bell.notified() => {}
+                () = clock::sleep_until(next) => {}
+            }
+        }
+    }
+
+    /// Takes what is due now: batches to renew, each of one TTL, and releases to begin.
+    #[expect(clippy::type_complexity, reason = "private, and each part is named at the only call")]
+    fn collect(&self) -> (Vec<Vec<(Arc<Cell>, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
+        let now = clock::now();
+        let mut by_ttl: HashMap<Duration, Vec<(Arc<Cell>, Held)>> = HashMap::new();
+        let mut table = lock(&self.table);
+        while let Some(entry) = table.due.first_entry() {
+            if entry.key().0 > now {
+                break;
+            }
+            let cell = entry.remove();
+            let mut state = lock(&cell.state);
+            state.due = None;
+            if state.phase != Phase::Held || state.settle(&cell, now) {
+                continue;
+            }
+            if state.in_flight {
+                // An extension asked for by the guard is under way and may yet be dropped: look again soon.
+                let soon = now.plus(Duration::from_millis(50));
+                state.due = Some(soon);
+                drop(state);
+                table.due.insert((soon, cell.held.id), cell);
+                continue;
+            }
+            state.in_flight = true;
+            let mut held = cell.held.clone();
+            held.extend = state.lease.extension(now);
+            let ttl = state.lease.ttl();
+            drop(state);
+            by_ttl.entry(ttl).or_default().push((cell, held));
+        }
+        let next = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
+        table.planned = next;
+        let releases = std::mem::take(&mut table.releases);
+        let closing = table.closing;
+        drop(table);
+        let mut batches = Vec::new();
+        for (_, mut cells) in by_ttl {
+            while !cells.is_empty() {
+                let rest = cells.split_off(cells.len().min(BATCH));
+                batches.push(std::mem::replace(&mut cells, rest));
+            }
+        }
+        (batches, releases, next, closing)
+    }
+
+    async fn renew(self: Arc<Self>, batch: Vec<(Arc<Cell>, Held)>) {
+        let (cells, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+        let sent = clock::look();
+        let answers = self.store.renew(&held).await;
+        let now = clock::look();
+        debug_assert_eq!(answers.len(), cells.len());
+        let mut answers = answers.into_iter();
+        for cell in &cells {
+            let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
+            let next = cell.settle_renewal(sent, &answer, now, self.phase);
+            if let Next::At(due) = next {
+                self.plan(cell, due);
+            }
+        }
+    }
+
+    /// Releases until the store answers or the lease has ended anyway.
+    async fn release(self: Arc<Self>, held: Held, until: Instant) {
+        let mut back_off = Duration::from_millis(20);
+        loop {
+            match self.store.release(&held).await {
+                Ok(answer) => {
+                    tracing::debug!(lock = %held.name, claim = %held.id, ?answer, "released after a drop");
+                    break;
+                }
+                Err(error) => {
+                    tracing::debug!(lock = %held.name, claim = %held.id, %error, "release failed, trying again");
+                }
+            }
+            let again = clock::now().plus(back_off);
+            if again >= until {
+                tracing::warn!(lock = %held.name, claim = %held.id, "could not release; it ends by its TTL");
+                break;
+            }
+            clock::sleep_until(again).await;
+            back_off = (back_off * 2).min(Duration::from_secs(1));
+        }
+        let mut table = lock(&self.table);
+        table.outstanding -= 1;
+        let idle = table.outstanding == 0;
+        drop(table);
+        if idle {
+            self.idle.notify_all();
+            self.idle_bell.notify_waiters();
+            self.bell.notify_one();
+        }
+    }
+}
+
+/// What the keeper and a guard know of one held lock.
+#[derive(Debug)]
+pub struct Cell {
+    held: Held,
+    token: FencingToken,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    lease: Lease,
+    /// Its place in the keeper's table.
+    due: Option<Instant>,
+    phase: Phase,
+    /// Whether a renewal of it is under way: there is one at most.
+    in_flight: bool,
+    /// Counts changes that `changed` tells.
+    version: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Held,
+    /// Being released, or left alone: never renewed again.
+    Done,
+}
+
+impl State {
+    /// Notices a loss by time; true if the lock is lost.
+    fn settle(&mut self, cell: &Cell, now: Instant) -> bool {
+        let lost = self.lease.loss(now);
+        if let Some(loss) = lost {
+            self.version += 1;
+            cell.changed.notify_waiters();
+            tracing::warn!(lock = %cell.held.name, token = %cell.token, %loss, "lock lost");
+        }
+        lost.is_some()
+    }
+}
+
+impl Cell {
+    /// The claim as held.
+    pub fn held(&self) -> &Held {
+        &self.held
+    }
+
+    /// The fencing token.
+    pub fn token(&self) -> FencingToken {
+        self.token
+    }
+
+    /// How sure the holder can be now.
+    pub fn status(&self) -> Status {
+        lock(&self.state).lease.status(clock::look())
+    }
+
+    /// Time left that can be trusted.
+    pub fn remaining(&self) -> Duration {
+        lock(&self.state).lease.remaining(clock::now())
+    }
+
+    /// Until when it can be trusted, as far as is known.
+    pub fn valid_until(&self) -> Instant {
+        lock(&self.state).lease.valid_until()
+    }
+
+    /// Resolves at the loss, before the store can give the lock away: by the clock, whatever the keeper does.
+    pub async fn lost(self: Arc<Self>) -> Loss {
+        loop {
+            let notified = self.changed.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            let until = {
+                let mut state = lock(&self.state);
+                if let Some(loss) = state.lease.loss(clock::now()) {
+                    return loss;
+                }
+                state.lease.valid_until()
+            };
+            let _ = clock::timeout_at(until, notified).await;
+        }
+    }
+
+    /// Resolves at the next change: a renewal confirmed or failed, or the loss.
+    pub fn next_change(self: Arc<Self>) -> impl Future<Output = ()> + Send + use<> {
+        let seen = lock(&self.state).version;
+        async move {
+            loop {
+                let notified = self.changed.notified();
+                tokio::pin!(notified);
+                notified.as_mut().enable();
+                let until = {
+                    let mut state = lock(&self.state);
+                    if state.version != seen || state.lease.loss(clock::now()).is_some() {
+                        return;
+                    }
+                    state.lease.valid_until()
+                };
+                let _ = clock::timeout_at(until, notified).await;
+            }
+        }
+    }
+
+    /// Takes in a renewal's answer and tells those who wait for a change.
+    fn settle_renewal(&self, sent: Now, answer: &Result<Renewal>, now: Now, phase: Duration) -> Next {
+        let mut state = lock(&self.state);
+        state.in_flight = false;
+        let outcome = answer.as_ref().map_or(Outcome::Failed, |answer| Outcome::Answered(*answer));
+        let was_lost = state.lease.loss(now.boot).is_some();
+        let next = state.lease.after_renewal(sent, outcome, now, phase);
+        state.version += 1;
+        if state.phase == Phase::Held && !was_lost {
+            if let Some(loss) = state.lease.loss(now.boot) {
+                tracing::warn!(lock = %self.held.name, token = %self.token, %loss, "lock lost");
+            } else if let Err(error) = answer {
+                tracing::warn!(lock = %self.held.name, token = %self.token, %error, "renewal failed, trying again");
+            }
+        }
+        drop(state);
+        self.changed.notify_waiters();
+        next
+    }
+
+    /// Waits until no renewal of it is under way.
+    async fn idle(&self) {
+        loop {
+            let notified = self.changed.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            if !lock(&self.state).in_flight {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+/// Operations of a guard on what it holds.
+impl Keeper {
+    /// Asks the store now: extends by `extension` (`None`: only confirms), bound as `binding` says from then on.
+    ///
+    /// # Errors
+    /// `Lost` if it is lost, else the store's.
+    pub async fn renew_now(&self, cell: &Arc<Cell>, adjust: impl Fn(&mut Held)) -> Result<Duration> {
+        let turn = loop {
+            cell.idle().await;
+            let mut state = lock(&cell.state);
+            if let Some(loss) = state.lease.loss(clock::now()) {
+                return Err(lost_error(&cell.held, loss));
+            }
+            if !state.in_flight {
+                state.in_flight = true;
+                break Turn(cell);
+            }
+        };
+        let sent = clock::look();
+        let mut held = cell.held.clone();
+        adjust(&mut held);
+        held.extend = held.extend.and_then(|wanted| lock(&cell.state).lease.bounded(sent.boot, wanted));
+        let answer = self.store().renew(std::slice::from_ref(&held)).await;
+        std::mem::forget(turn);
+        let answer =
+            answer.into_iter().next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
+        let next = cell.settle_renewal(sent, &answer, clock::look(), self.shared.phase);
+        if let Next::At(due) = next {
+            self.shared.plan(cell, due);
+        }
+        let _ = answer?;
+        match lock(&cell.state).lease.loss(clock::now()) {
+            Some(loss) => Err(lost_error(&cell.held, loss)),
+            None => Ok(cell.remaining()),
+        }
+    }
+
+    /// Ends the keeping: nothing of it is renewed after this. What comes next is up to the caller.
+    fn stop(&self, cell: &Cell) {
+        lock(&cell.state).phase = Phase::Done;
+        self.shared.unplan(cell);
+    }
+
+    /// Stops keeping it and leaves it to its TTL.
+    pub fn leave(&self, cell: &Cell) {
+        self.stop(cell);
+    }
+
+    /// Posts its release.
+    pub fn drop_lock(&self, cell: &Cell) {
+        self.stop(cell);
+        let lost_for_good = {
+            let mut state = lock(&cell.state);
+            state.lease.loss(clock::now()) == Some(Loss::Removed)
+        };
+        if !lost_for_good {
+            self.post_release(cell.held.clone(), release_deadline(cell));
+        }
+    }
+
+    /// Releases it and says how it stood. If this future is dropped, or no answer came, the keeper goes on releasing.
+    ///
+    /// # Errors
+    /// The store's. After `Unknown` or `Unavailable` the keeper tries on until the lease has ended.
+    pub async fn release_now(&self, cell: &Arc<Cell>) -> Result<Released> {
+        self.stop(cell);
+        let armed = Releasing { keeper: self, cell };
+        let mut answer = self.store().release(&cell.held).await;
+        if let Err(error) = &answer
+            && error.is_transient()
+        {
+            // A server that restarted closes its connections: the second try, on a new one, is the answer.
+            let again = self.store().release(&cell.held).await;
+            if matches!(again, Ok(Released::Released)) || error.kind() == ErrorKind::Unavailable {
+                answer = again;
+            } else if again.is_ok() {
+                // It is gone, but whether by our first request or before it nobody can say.
+                std::mem::forget(armed);
+                return answer;
+            }
+        }
+        if answer.is_ok() {
+            std::mem::forget(armed);
+            // A renewal that was sent before is answered by now or will be soon; after this nothing more is sent.
+            cell.idle().await;
+        }
+        answer
+    }
+}
+
+fn lost_error(held: &Held, loss: Loss) -> Error {
+    Error::new(ErrorKind::Lost, format!("the lock was lost: {loss}")).for_name(&held.name)
+}
+
+/// When even a release that never got through has become pointless.
+fn release_deadline(cell: &Cell) -> Instant {
+    let state = lock(&cell.state);
+    state.lease.valid_until().plus(drift(state.lease.ttl())).max(clock::now().plus(Duration::from_secs(1)))
+}
+
+/// A release under way: dropped before its answer, it is handed to the keeper.
+struct Releasing<'a> {
+    keeper: &'a Keeper,
+    cell: &'a Arc<Cell>,
+}
+
+impl Drop for Releasing<'_> {
+    fn drop(&mut self) {
+        self.keeper.post_release(self.cell.held.clone(), release_deadline(self.cell));
+    }
+}
+
+/// The right to renew, given back if the future that had it is dropped.
+struct Turn<'a>(&'a Arc<Cell>);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.in_flight = false;
+        state.version += 1;
+        drop(state);
+        self.0.changed.notify_waiters();
+    }
+}

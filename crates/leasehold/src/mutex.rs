@@ -1,0 +1,285 @@
+//! One named lock, not yet taken.
+
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use crate::clock::{self, Instant};
+use crate::error::{Error, ErrorKind, Result};
+use crate::guard::Guard;
+use crate::keeper::Keeper;
+use crate::lease::{DEFAULT_TTL, Status};
+use crate::retry::Retry;
+use crate::store::check_ttl;
+use crate::types::{Claim, InvalidName, MAX_RECORD_BYTES, Name, Record, Released};
+use crate::wait::{self, Ended};
+
+/// A handle on one named lock. Cheap: making, cloning and dropping it does no I/O.
+///
+/// Each acquisition is a claim of its own: two tasks that lock one `Mutex` exclude each other like two machines.
+#[derive(Clone, Debug)]
+pub struct Mutex {
+    keeper: Arc<Keeper>,
+    name: std::result::Result<Name, InvalidName>,
+    settings: Settings,
+    /// The encoded record, made once from the settings.
+    record: Arc<OnceLock<Result<Arc<str>>>>,
+}
+
+#[derive(Clone, Debug)]
+struct Settings {
+    ttl: Duration,
+    renew: bool,
+    max_hold: Option<Duration>,
+    label: Option<String>,
+    metadata: BTreeMap<String, String>,
+    retry: Retry,
+}
+
+impl Mutex {
+    pub(crate) fn new(keeper: Arc<Keeper>, name: std::result::Result<Name, InvalidName>) -> Self {
+        let settings = Settings {
+            ttl: DEFAULT_TTL,
+            renew: true,
+            max_hold: None,
+            label: None,
+            metadata: BTreeMap::new(),
+            retry: Retry::default(),
+        };
+        Self { keeper, name, settings, record: Arc::default() }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Settings)) -> Self {
+        change(&mut self.settings);
+        self.record = Arc::default();
+        self
+    }
+
+    /// Sets how long the lock outlives the last renewal: what a crash of the holder costs the others, at most.
+    ///
+    /// # Default
+    /// 30 s, renewed every 3 s: ten renewals may fail before the lock is lost. Each store has a least and a most
+    /// ([`Guarantees`](crate::Guarantees)); a TTL outside of them is an error when locking, before any I/O.
+    #[must_use]
+    pub fn ttl(self, ttl: Duration) -> Self {
+        self.with(|settings| settings.ttl = ttl)
+    }
+
+    /// Sets whether the keeper renews the lock in the background while the guard lives.
+    ///
+    /// # Default
+    /// True, since work that takes longer than expected is the common accident. Without it the lock ends after one TTL.
+    #[must_use]
+    pub fn renew(self, renew: bool) -> Self {
+        self.with(|settings| settings.renew = renew)
+    }
+
+    /// Sets the longest time that one hold may last, however often it is renewed: the guard is then lost
+    /// ([`Loss::MaxHold`](crate::Loss::MaxHold)) and the store frees the lock.
+    ///
+    /// # Default
+    /// None: a stuck holder that still runs keeps its lock.
+    #[must_use]
+    pub fn max_hold(self, limit: Duration) -> Self {
+        self.with(|settings| settings.max_hold = Some(limit))
+    }
+
+    /// Says why the lock is taken, for whoever looks at it.
+    ///
+    /// # Default
+    /// None.
+    #[must_use]
+    pub fn label(self, label: impl Into<String>) -> Self {
+        self.with(|settings| settings.label = Some(label.into()))
+    }
+
+    /// Adds something else to be shown with the lock. All of it together is limited to 4 KiB.
+    ///
+    /// # Default
+    /// None.
+    #[must_use]
+    pub fn metadata(self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.with(|settings| drop(settings.metadata.insert(key.into(), value.into())))
+    }
+
+    /// Sets how a waiter spaces its tries where the store cannot wake it, and when it gives up.
+    ///
+    /// # Default
+    /// [`Retry::default`]: 4 ms to 256 ms, exponential with full jitter, without end.
+    #[must_use]
+    pub fn retry(self, retry: Retry) -> Self {
+        self.with(|settings| settings.retry = retry)
+    }
+
+    /// The name of the lock.
+    ///
+    /// # Errors
+    /// [`InvalidName`] if [`Locks::mutex`](crate::Locks::mutex) was given a bad one.
+    pub fn name(&self) -> std::result::Result<&Name, InvalidName> {
+        self.name.as_ref().map_err(Clone::clone)
+    }
+
+    /// Waits for the lock, as long as the retry policy goes.
+    ///
+    /// # Errors
+    /// `Unavailable` if the store cannot be reached at the first look (it fails fast; while waiting it rides out an
+    /// outage of one TTL), `Unknown` if answers were lost, `Busy` if the retry policy ended, `Rejected`, `Invalid`.
+    ///
+    /// # Cancel safety
+    /// Safe: dropped at any moment, it leaves neither a hold nor a place in a queue; the release, where one may be needed,
+    /// goes on in the background.
+    ///
+    /// # Round trips
+    /// One if the lock is free.
+    pub async fn lock(&self) -> Result<Guard> {
+        match self.acquire(Some(&self.settings.retry), Instant::FAR).await? {
+            Ok(guard) => Ok(guard),
+            Err(holder) => {
+                let who = holder.map_or_else(String::new, |holder| format!(": held by {holder}"));
+                Err(self
+                    .error(ErrorKind::Busy, format!("the retry policy ended before the lock was free{who}")))
+            }
+        }
+    }
+
+    /// Takes the lock if it is free now; `None` if somebody else has it. Neither waits nor queues.
+    ///
+    /// # Errors
+    /// As [`lock`](Self::lock), but never `Busy`.
+    ///
+    /// # Cancel safety
+    /// As [`lock`](Self::lock).
+    ///
+    /// # Round trips
+    /// One.
+    pub async fn try_lock(&self) -> Result<Option<Guard>> {
+        Ok(self.acquire(None, Instant::FAR).await?.ok())
+    }
+
+    /// Waits for the lock for `patience` at most; `None` if somebody else had it all the time. At least one look is taken.
+    ///
+    /// # Errors
+    /// As [`lock`](Self::lock), but never `Busy`.
+    ///
+    /// # Cancel safety
+    /// As [`lock`](Self::lock).
+    ///
+    /// # Round trips
+    /// One if the lock is free.
+    pub async fn lock_for(&self, patience: Duration) -> Result<Option<Guard>> {
+        if patience.is_zero() {
+            return self.try_lock().await;
+        }
+        let deadline = clock::now().plus(patience);
+        Ok(self.acquire(Some(&self.settings.retry), deadline).await?.ok())
+    }
+
+    /// Waits for the lock, runs `work` under it, and releases it after the work has ended.
+    ///
+    /// Should the lock be lost, the work is dropped at its next await, before the lease can end, and only then the lock is
+    /// let go. Work that blocks its thread cannot be stopped: give it the fencing token.
+    ///
+    /// # Errors
+    /// As [`lock`](Self::lock); [`ErrorKind::Lost`] if the lock was lost before the work was done: its result, if it got
+    /// that far, is dropped too, since it was not reached under the lock.
+    ///
+    /// # Cancel safety
+    /// Safe: dropped, the work is dropped first, then the lock released.
+    ///
+    /// # Round trips
+    /// Two if the lock is free.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> leasehold::Result<()> {
+    /// let locks = leasehold::connect("memory:").await?;
+    /// let sum = locks.mutex("report").run(async |held| held.fencing_token().get() + 1).await?;
+    /// assert!(sum > 1);
+    /// # Ok(()) }
+    /// ```
+    pub async fn run<T>(&self, work: impl AsyncFnOnce(&Guard) -> T) -> Result<T> {
+        let guard = self.lock().await?;
+        let outcome = {
+            let mut lost = pin!(guard.lost());
+            let mut work = pin!(work(&guard));
+            std::future::poll_fn(|cx| {
+                // The loss first: work that is ready in the same moment was not finished under the lock for sure.
+                if let std::task::Poll::Ready(loss) = lost.as_mut().poll(cx) {
+                    return std::task::Poll::Ready(Err(loss));
+                }
+                work.as_mut().poll(cx).map(Ok)
+            })
+            .await
+        };
+        let in_time = guard.status() != Status::Lost;
+        let answer = guard.unlock().await;
+        match outcome {
+            Err(loss) => {
+                Err(self.error(ErrorKind::Lost, format!("the work was stopped, the lock was lost: {loss}")))
+            }
+            Ok(_) if !in_time || matches!(answer, Ok(Released::NotHeld | Released::HeldByOther)) => {
+                Err(self
+                    .error(ErrorKind::Lost, "the work ended, but the lock had been lost before".to_owned()))
+            }
+            // An unanswered release takes nothing from work that was done in time; the keeper releases on.
+            Ok(out) => Ok(out),
+        }
+    }
+
+    async fn acquire(
+        &self,
+        retry: Option<&Retry>,
+        deadline: Instant,
+    ) -> Result<std::result::Result<Guard, Option<crate::types::Holder>>> {
+        let mut claim = Claim::new(self.name.clone()?, clock::claim_id(), self.settings.ttl)
+            .with_record(self.record.get_or_init(|| self.encode_record()).clone()?);
+        claim.queue = retry.is_some();
+        check_ttl(&self.keeper.store().guarantees(), claim.ttl).map_err(|bad| self.tell(bad))?;
+        match wait::acquire(&self.keeper, &claim, retry, deadline).await? {
+            Ended::Busy(holder) => Ok(Err(holder)),
+            Ended::Won(won) => {
+                let Settings { renew, max_hold, .. } = self.settings;
+                let cell = self.keeper.keep(&claim, &won.grant, won.sent, renew, max_hold, won.suspect);
+                tracing::debug!(lock = %claim.name, claim = %claim.id, token = %won.grant.token, "acquired");
+                Ok(Ok(Guard::new(self.keeper.clone(), cell)))
+            }
+        }
+    }
+
+    fn encode_record(&self) -> Result<Arc<str>> {
+        let record = Record {
+            owner: None,
+            host: host_name().to_owned(),
+            pid: std::process::id(),
+            label: self.settings.label.clone(),
+            metadata: self.settings.metadata.clone(),
+        };
+        let text = record.encode();
+        if text.len() > MAX_RECORD_BYTES {
+            return Err(Error::invalid(format!(
+                "label and metadata take {} bytes, at most {MAX_RECORD_BYTES} are kept with a lock",
+                text.len()
+            )));
+        }
+        Ok(text.into())
+    }
+
+    fn error(&self, kind: ErrorKind, what: String) -> Error {
+        self.tell(Error::new(kind, what))
+    }
+
+    /// The error, naming store and lock.
+    fn tell(&self, error: Error) -> Error {
+        let error = error.on_store(&self.keeper.store().location());
+        match &self.name {
+            Ok(name) => error.for_name(name),
+            Err(_) => error,
+        }
+    }
+}
+
+fn host_name() -> &'static str {
+    static NAME: OnceLock<String> = OnceLock::new();
+    NAME.get_or_init(|| rustix::system::uname().nodename().to_string_lossy().into_owned())
+}

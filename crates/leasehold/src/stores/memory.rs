@@ -1,0 +1,345 @@
+//! The reference store: one process, and the strictest. On demand it does the worst that the contract allows.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::clock::{self, Instant};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Store, check_ttl};
+use crate::types::{
+    Acquired, Claim, ClaimId, Fencing, FencingToken, Finding, Grant, Guarantees, Held, Holder, LockView,
+    Name, Page, Persistence, Query, Record, Released, Renewal, Severity, Ticket, Woken,
+};
+
+/// A verb of the store, to aim a fault at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the verbs of `Store`, by name")]
+pub enum Verb {
+    Acquire,
+    Renew,
+    Release,
+}
+
+/// What goes wrong with one call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The request gets lost: nothing is done, and the caller hears nothing.
+    LoseRequest,
+    /// The request is done, and the answer gets lost.
+    LoseReply,
+    /// The caller hears nothing; the request is done when [`MemoryStore::deliver_late`] is called.
+    Late,
+    /// The store says at once that it cannot be reached.
+    Refuse,
+}
+
+/// Locks in the memory of this process, for tests and as the reference of the contract.
+///
+/// Each `MemoryStore` is a store of its own; share it in an `Arc`. Tokens grow within its life only.
+#[derive(Debug)]
+pub struct MemoryStore {
+    state: Mutex<State>,
+    location: Arc<str>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    locks: BTreeMap<Name, Entry>,
+    gone: HashMap<ClaimId, Instant>,
+    faults: HashMap<Verb, VecDeque<Fault>>,
+    late: Vec<Late>,
+    grant_at_most: Option<Duration>,
+    calls: HashMap<Verb, u64>,
+}
+
+#[derive(Debug)]
+enum Late {
+    Acquire(Claim),
+    Renew(Held),
+    Release(Held),
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    last_token: u64,
+    hold: Option<Hold>,
+}
+
+#[derive(Debug)]
+struct Hold {
+    id: ClaimId,
+    token: FencingToken,
+    until: Instant,
+    since: Duration,
+    record: Arc<str>,
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl MemoryStore {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self { state: Mutex::default(), location: Arc::from("memory:") }
+    }
+
+    /// Makes the next calls of `verb` go wrong, one fault each, in order.
+    pub fn inject(&self, verb: Verb, faults: impl IntoIterator<Item = Fault>) {
+        self.state().faults.entry(verb).or_default().extend(faults);
+    }
+
+    /// Does what [`Fault::Late`] held back, in the order it was sent.
+    pub fn deliver_late(&self) {
+        let mut state = self.state();
+        for late in std::mem::take(&mut state.late) {
+            match late {
+                Late::Acquire(claim) => drop(state.acquire(&claim)),
+                Late::Renew(held) => drop(state.renew(&held)),
+                Late::Release(held) => drop(state.release(&held)),
+            }
+        }
+    }
+
+    /// Grants and renews for no longer than this, whatever is asked.
+    pub fn grant_at_most(&self, ttl: Duration) {
+        self.state().grant_at_most = Some(ttl);
+    }
+
+    /// Forgets every lock and token, as a server does that lost its data.
+    pub fn forget_everything(&self) {
+        self.state().locks.clear();
+    }
+
+    /// How often `verb` was called.
+    pub fn calls(&self, verb: Verb) -> u64 {
+        self.state().calls.get(&verb).copied().unwrap_or(0)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unknown(&self, name: &Name) -> Error {
+        Error::new(ErrorKind::Unknown, "the answer got lost").on_store(&self.location).for_name(name)
+    }
+
+    /// One call of `verb`: `work` is what it does, `late` how to do it later.
+    fn call<T>(
+        &self,
+        verb: Verb,
+        name: &Name,
+        late: impl FnOnce() -> Late,
+        work: impl FnOnce(&mut State) -> Result<T>,
+    ) -> Result<T> {
+        let mut state = self.state();
+        *state.calls.entry(verb).or_default() += 1;
+        match state.faults.get_mut(&verb).and_then(VecDeque::pop_front) {
+            None => work(&mut state),
+            Some(Fault::LoseRequest) => Err(self.unknown(name)),
+            Some(Fault::LoseReply) => {
+                let _lost = work(&mut state);
+                Err(self.unknown(name))
+            }
+            Some(Fault::Late) => {
+                state.late.push(late());
+                Err(self.unknown(name))
+            }
+            Some(Fault::Refuse) => Err(Error::new(ErrorKind::Unavailable, "the store cannot be reached")
+                .on_store(&self.location)
+                .for_name(name)),
+        }
+    }
+}
+
+impl State {
+    fn granted(&self, asked: Duration) -> Duration {
+        self.grant_at_most.map_or(asked, |most| asked.min(most))
+    }
+
+    /// The hold of `name`, if it has not ended.
+    fn live(&mut self, name: &Name) -> Option<&mut Hold> {
+        let now = clock::now();
+        self.locks.get_mut(name)?.hold.as_mut().filter(|hold| hold.until > now)
+    }
+
+    fn acquire(&mut self, claim: &Claim) -> Result<Acquired> {
+        let now = clock::now();
+        let ttl = self.granted(claim.ttl);
+        if let Some(hold) = self.live(&claim.name) {
+            let remaining = hold.until.since(now);
+            if hold.id == claim.id {
+                return Ok(Acquired::Granted(Grant { token: hold.token, ttl: remaining, session: 0 }));
+            }
+            return Ok(Acquired::Busy(hold.view(now)));
+        }
+        self.gone.retain(|_, until| *until > now);
+        if self.gone.contains_key(&claim.id) {
+            return Err(Error::new(
+                ErrorKind::Rejected,
+                "this claim was withdrawn before its request arrived",
+            )
+            .for_name(&claim.name));
+        }
+        let entry = self.locks.entry(claim.name.clone()).or_default();
+        let micros = u64::try_from(clock::wall().as_micros()).unwrap_or(FencingToken::MAX);
+        entry.last_token = (entry.last_token + 1).max(micros).min(FencingToken::MAX);
+        let token = FencingToken::new(entry.last_token);
+        entry.hold = Some(Hold {
+            id: claim.id,
+            token,
+            until: now.plus(ttl),
+            since: clock::wall(),
+            record: claim.record.clone(),
+        });
+        Ok(Acquired::Granted(Grant { token, ttl, session: 0 }))
+    }
+
+    fn renew(&mut self, held: &Held) -> Renewal {
+        let now = clock::now();
+        let extension = held.extend.map(|ttl| self.granted(ttl));
+        let Some(hold) = self.live(&held.name).filter(|hold| hold.id == held.id) else {
+            return Renewal::Lost;
+        };
+        if let Some(ttl) = extension {
+            hold.until = hold.until.max(now.plus(ttl));
+        }
+        Renewal::Renewed(hold.until.since(now))
+    }
+
+    fn release(&mut self, held: &Held) -> Released {
+        if held.suspect {
+            self.gone.insert(held.id, clock::now().plus(Duration::from_secs(3600)));
+        }
+        match self.live(&held.name) {
+            None => Released::NotHeld,
+            Some(hold) if hold.id != held.id => Released::HeldByOther,
+            Some(_) => {
+                if let Some(entry) = self.locks.get_mut(&held.name) {
+                    entry.hold = None;
+                }
+                Released::Released
+            }
+        }
+    }
+}
+
+impl Hold {
+    fn view(&self, now: Instant) -> Holder {
+        Holder {
+            id: Some(self.id),
+            token: Some(self.token),
+            remaining: Some(self.until.since(now)),
+            since_unix_micros: u64::try_from(self.since.as_micros()).ok(),
+            record: Record::decode(self.record.as_bytes()),
+            foreign: None,
+        }
+    }
+}
+
+impl Entry {
+    fn view(&self, name: &Name, now: Instant) -> LockView {
+        LockView {
+            name: name.clone(),
+            holder: self.hold.as_ref().filter(|hold| hold.until > now).map(|hold| hold.view(now)),
+            last_token: Some(FencingToken::new(self.last_token)),
+            waiters: 0,
+        }
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn acquire(&self, claim: &Claim) -> Result<Acquired> {
+        check_ttl(&self.guarantees(), claim.ttl).map_err(|error| error.on_store(&self.location))?;
+        self.call(Verb::Acquire, &claim.name, || Late::Acquire(claim.clone()), |state| state.acquire(claim))
+    }
+
+    async fn woken(&self, _ticket: &Ticket) -> Woken {
+        // As early as the contract allows: at any time.
+        clock::sleep(clock::jitter(Duration::from_millis(20))).await;
+        Woken::Look
+    }
+
+    async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>> {
+        held.iter()
+            .map(|held| {
+                self.call(
+                    Verb::Renew,
+                    &held.name,
+                    || Late::Renew(held.clone()),
+                    |state| Ok(state.renew(held)),
+                )
+            })
+            .collect()
+    }
+
+    async fn release(&self, held: &Held) -> Result<Released> {
+        self.call(Verb::Release, &held.name, || Late::Release(held.clone()), |state| Ok(state.release(held)))
+    }
+
+    async fn withdraw(&self, ticket: &Ticket) -> Result<()> {
+        let mut held = Held::unanswered(&Claim::new(ticket.name.clone(), ticket.id, Duration::ZERO));
+        held.suspect = true;
+        self.release(&held).await.map(drop)
+    }
+
+    async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
+        let state = self.state();
+        let now = clock::now();
+        let (prefix, after, limit) = match query {
+            Query::One(name) => {
+                let view = state.locks.get(name).map(|entry| entry.view(name, now));
+                return Ok(Page {
+                    items: vec![view.unwrap_or_else(|| LockView::free(name.clone()))],
+                    next: None,
+                });
+            }
+            Query::Prefix { prefix, after, limit } => (prefix, after, (*limit).max(1)),
+        };
+        let mut items: Vec<LockView> = state
+            .locks
+            .iter()
+            .filter(|(name, _)| {
+                name.as_bytes().starts_with(prefix) && after.as_ref().is_none_or(|after| *name > after)
+            })
+            .map(|(name, entry)| entry.view(name, now))
+            .filter(|view| view.holder.is_some())
+            .take(limit + 1)
+            .collect();
+        let more = items.len() > limit;
+        items.truncate(limit);
+        let next = items.last().filter(|_| more).map(|view| view.name.clone());
+        Ok(Page { items, next })
+    }
+
+    fn guarantees(&self) -> Guarantees {
+        let mut guarantees = Guarantees::strict("memory");
+        guarantees.fencing = Fencing::Process;
+        guarantees.persistence = Persistence::None;
+        guarantees
+    }
+
+    fn location(&self) -> Arc<str> {
+        self.location.clone()
+    }
+
+    async fn diagnose(&self) -> Vec<Finding> {
+        vec![Finding::new(
+            "store",
+            Severity::Warning,
+            "locks in the memory of this process",
+            "nobody outside of this process is excluded: for tests only",
+        )]
+    }
+
+    fn lifeline(&self) -> Option<Arc<File>> {
+        None
+    }
+}

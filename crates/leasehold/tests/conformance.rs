@@ -1,0 +1,69 @@
+//! The store contract, clause by clause, on every store.
+
+use std::sync::Arc;
+
+use leasehold::Locks;
+use leasehold::conformance::CLAUSES;
+use leasehold::store::Store;
+use leasehold::stores::memory::MemoryStore;
+
+/// One test for each clause; the list is compared with `CLAUSES` below.
+macro_rules! suite {
+    ($store:ident, $make:expr) => {
+        mod $store {
+            use super::*;
+            suite! { @each $store, $make;
+                one_holder same_claim_same_grant release_by_a_stranger_changes_nothing releasing_again_is_an_answer
+                an_unrenewed_claim_becomes_free renewing_after_a_loss_says_lost tokens_grow
+                a_claim_that_is_not_to_queue_does_not_wait a_cancelled_acquire_leaves_nothing
+                a_late_request_creates_nothing names_never_collide leases_are_bounded_and_counted_from_before
+                a_dead_waiter_delays_nobody_for_long
+            }
+        }
+    };
+    (@each $store:ident, $make:expr; $($clause:ident)*) => {
+        $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $clause() {
+            let (_server, store) = $make.await;
+            leasehold::conformance::$clause(&*store).await;
+        })*
+
+        #[test]
+        fn no_clause_is_forgotten() {
+            let here = [$(stringify!($clause)),*];
+            let all: Vec<_> = CLAUSES.iter().map(|clause| clause.name).collect();
+            assert_eq!(here[..], all[..]);
+        }
+    };
+}
+
+async fn memory() -> ((), Arc<dyn Store>) {
+    ((), Arc::new(MemoryStore::new()))
+}
+
+suite!(memory, memory());
+
+#[test]
+fn every_clause_of_the_contract_has_a_check() {
+    let contract = include_str!("../src/store.rs");
+    let written: Vec<u8> = contract
+        .lines()
+        .filter_map(|line| line.strip_prefix("//! ")?.split_once(". ")?.0.parse().ok())
+        .collect();
+    let checked: Vec<u8> = CLAUSES.iter().map(|clause| clause.number).collect();
+    assert_eq!(written, checked);
+    assert_eq!(checked, (1..=13).collect::<Vec<u8>>());
+}
+
+#[test]
+fn no_store_is_forgotten() {
+    let stores = include_str!("../src/stores/mod.rs");
+    let suites = include_str!("conformance.rs");
+    let mut seen = 0;
+    for store in stores.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')) {
+        seen += 1;
+        assert!(suites.contains(&format!("\nsuite!({store}, ")), "the contract is not run on {store}");
+    }
+    assert!(seen >= 1);
+    let _: fn(Arc<dyn Store>) -> leasehold::Result<Locks> = Locks::over;
+}
