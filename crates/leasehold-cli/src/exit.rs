@@ -16,6 +16,6 @@ pub(crate) const USAGE: u8 = 64;
 pub(crate) const UNHEALTHY: u8 = 1;
 
 /// The code of a process that a signal ended, as shells count it.
-pub(crate) const fn signalled(number: u8) -> u8 {
-    128_u8.saturating_add(number)
+pub(crate) fn signalled(number: i32) -> u8 {
+    u8::try_from(number).map_or(u8::MAX, |number| number.saturating_add(128))
 }

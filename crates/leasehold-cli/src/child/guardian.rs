@@ -127,8 +127,7 @@ impl Guardian {
         let mut died = SigSet::empty();
         died.add(nix::sys::signal::SIGCHLD);
         let child_died = SignalFd::with_flags(&died, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        let timer =
-            timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        let timer = timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
 
         let mut command = Command::new(super::SELF);
         command.arg0(super::START).args(start::arguments(orders.leash.on_lost, &orders.command));

@@ -66,7 +66,7 @@ fn executable(path: &Path) -> io::Result<()> {
 }
 
 fn explain(program: &OsStr, error: &io::Error) -> (u8, String) {
-    let program = leasehold::types::Escaped(program.as_encoded_bytes());
+    let program = leasehold::Escaped(program.as_encoded_bytes());
     match error.kind() {
         io::ErrorKind::NotFound => (exit::NOT_FOUND, format!("{program}: command not found")),
         io::ErrorKind::PermissionDenied => {
@@ -84,9 +84,13 @@ mod tests {
     fn programs_are_found_as_the_system_would() {
         assert_eq!(find("sh".as_ref()), Ok(()));
         assert_eq!(find("/bin/sh".as_ref()), Ok(()));
-        for (program, code) in
-            [("no-such-program-here", 127), ("/no/such/file", 127), ("/", 126), ("/etc/passwd", 126), ("", 127)]
-        {
+        for (program, code) in [
+            ("no-such-program-here", 127),
+            ("/no/such/file", 127),
+            ("/", 126),
+            ("/etc/passwd", 126),
+            ("", 127),
+        ] {
             assert_eq!(find(program.as_ref()).map_err(|(code, _)| code), Err(code), "{program}");
         }
     }

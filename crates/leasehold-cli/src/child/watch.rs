@@ -111,7 +111,11 @@ impl Watch {
 
     /// From then on the family is killed, so that it is dead before the lock can pass on.
     fn kill_moment(&self) -> Instant {
-        if self.leash.on_lost == OnLost::Ignore { Instant::FAR } else { self.deadline.minus(self.leash.margin) }
+        if self.leash.on_lost == OnLost::Ignore {
+            Instant::FAR
+        } else {
+            self.deadline.minus(self.leash.margin)
+        }
     }
 
     /// From then on a command that needs all of its time to stop could outlive the lock.

@@ -61,7 +61,9 @@ impl Message {
         let words: [u64; WORDS] = match self {
             Self::Deadline(at) => [1, nanos(at), 0, 0, 0],
             Self::Stop => [2, 0, 0, 0, 0],
-            Self::Signal(number, terminal) => [3, u64::from(number.unsigned_abs()), u64::from(terminal), 0, 0],
+            Self::Signal(number, terminal) => {
+                [3, u64::from(number.unsigned_abs()), u64::from(terminal), 0, 0]
+            }
             Self::Started(pid) => [4, u64::from(pid), 0, 0, 0],
             Self::Failed(errno) => [5, u64::from(errno.unsigned_abs()), 0, 0, 0],
             Self::Done(report) => {
