@@ -114,7 +114,7 @@ async fn free_by(store: &dyn Store, name: &Name, latest: Instant) -> Grant {
         let looked_at = clock::now();
         match store.acquire(&waiter).await.expect("an acquire is answered") {
             Acquired::Granted(grant) => {
-                let _ = released(store, &Held::new(&waiter, &grant)).await;
+                released(store, &Held::new(&waiter, &grant)).await;
                 return grant;
             }
             _ if looked_at < latest => clock::sleep(Duration::from_millis(5)).await,
@@ -297,7 +297,7 @@ pub async fn a_cancelled_acquire_leaves_nothing(store: &dyn Store) {
         let name = fresh("cancelled");
         let mine = claim(&name, TTL);
         let finished = poll_so_often(store.acquire(&mine), polls).await;
-        let _ = released(store, &Held::unanswered(&mine)).await;
+        released(store, &Held::unanswered(&mine)).await;
         let next = claim(&name, TTL);
         let grant = granted(store, &next).await;
         assert_eq!(released(store, &Held::new(&next, &grant)).await, Released::Released);
@@ -420,6 +420,6 @@ pub async fn a_dead_waiter_delays_nobody_for_long(store: &dyn Store) {
     let mut forgotten = Box::pin(store.acquire(&dead));
     let _ = forgotten.as_mut().poll(&mut Context::from_waker(Waker::noop()));
     drop(forgotten);
-    let _ = released(store, &Held::new(&holder, &grant)).await;
+    released(store, &Held::new(&holder, &grant)).await;
     free_by(store, &name, free_again(&store.guarantees(), short * 2)).await;
 }

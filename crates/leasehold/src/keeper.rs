@@ -18,7 +18,7 @@ use crate::store::Store;
 use crate::types::{Claim, ClaimId, FencingToken, Grant, Held, Released, Renewal};
 
 /// How long the last handle waits, unless set, for releases still under way.
-pub const DEFAULT_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+pub(crate) const DEFAULT_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 /// The most claims in one call of the store's `renew`.
 const BATCH: usize = 1_000;
 
@@ -29,7 +29,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The runtime of a keeper before it has a store: connections are dialled on it.
 #[derive(Debug)]
-pub struct Bench {
+pub(crate) struct Bench {
     runtime: Handle,
     store: oneshot::Sender<Arc<Shared>>,
 }
@@ -39,7 +39,7 @@ impl Bench {
     ///
     /// # Errors
     /// `Unavailable` if the operating system gives no thread.
-    pub fn start() -> Result<Self> {
+    pub(crate) fn start() -> Result<Self> {
         let unable =
             |e| Error::new(ErrorKind::Unavailable, "could not start the keeper's thread").caused_by(e);
         let runtime: Runtime = Builder::new_current_thread().enable_all().build().map_err(unable)?;
@@ -61,12 +61,12 @@ impl Bench {
     }
 
     /// Where connection drivers are to live.
-    pub fn runtime(&self) -> &Handle {
+    pub(crate) fn runtime(&self) -> &Handle {
         &self.runtime
     }
 
     /// Takes up the keeper's work for `store`.
-    pub fn keep(self, store: Arc<dyn Store>, close_timeout: Duration) -> Arc<Keeper> {
+    pub(crate) fn keep(self, store: Arc<dyn Store>, close_timeout: Duration) -> Arc<Keeper> {
         let shared = Arc::new(Shared {
             store,
             table: Mutex::new(Table {
@@ -89,7 +89,7 @@ impl Bench {
 
 /// The handle that `Locks`, mutexes and guards share. The last one dropped waits, bounded, for releases under way.
 #[derive(Debug)]
-pub struct Keeper {
+pub(crate) struct Keeper {
     shared: Arc<Shared>,
     close_timeout: Duration,
 }
@@ -120,12 +120,12 @@ struct Table {
 
 impl Keeper {
     /// The store.
-    pub fn store(&self) -> &Arc<dyn Store> {
+    pub(crate) fn store(&self) -> &Arc<dyn Store> {
         &self.shared.store
     }
 
     /// Begins to keep what `claim` was granted in answer to a request sent at `sent`.
-    pub fn keep(
+    pub(crate) fn keep(
         &self,
         claim: &Claim,
         grant: &Grant,
@@ -151,7 +151,7 @@ impl Keeper {
     }
 
     /// Posts the release of what `held` may hold, to be tried until `until`. Never blocks.
-    pub fn post_release(&self, held: Held, until: Instant) {
+    pub(crate) fn post_release(&self, held: Held, until: Instant) {
         let mut table = lock(&self.shared.table);
         table.outstanding += 1;
         table.releases.push((held, until));
@@ -160,7 +160,7 @@ impl Keeper {
     }
 
     /// Waits until every release under way has ended.
-    pub async fn settled(&self) {
+    pub(crate) async fn settled(&self) {
         loop {
             let notified = self.shared.idle_bell.notified();
             tokio::pin!(notified);
@@ -326,7 +326,7 @@ impl Shared {
 
 /// What the keeper and a guard know of one held lock.
 #[derive(Debug)]
-pub struct Cell {
+pub(crate) struct Cell {
     held: Held,
     token: FencingToken,
     state: Mutex<State>,
@@ -367,32 +367,32 @@ impl State {
 
 impl Cell {
     /// The claim as held.
-    pub fn held(&self) -> &Held {
+    pub(crate) fn held(&self) -> &Held {
         &self.held
     }
 
     /// The fencing token.
-    pub fn token(&self) -> FencingToken {
+    pub(crate) fn token(&self) -> FencingToken {
         self.token
     }
 
     /// How sure the holder can be now.
-    pub fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         lock(&self.state).lease.status(clock::look())
     }
 
     /// Time left that can be trusted.
-    pub fn remaining(&self) -> Duration {
+    pub(crate) fn remaining(&self) -> Duration {
         lock(&self.state).lease.remaining(clock::now())
     }
 
     /// Until when it can be trusted, as far as is known.
-    pub fn valid_until(&self) -> Instant {
+    pub(crate) fn valid_until(&self) -> Instant {
         lock(&self.state).lease.valid_until()
     }
 
     /// Resolves at the loss, before the store can give the lock away: by the clock, whatever the keeper does.
-    pub async fn lost(self: Arc<Self>) -> Loss {
+    pub(crate) async fn lost(self: Arc<Self>) -> Loss {
         loop {
             let notified = self.changed.notified();
             tokio::pin!(notified);
@@ -409,7 +409,7 @@ impl Cell {
     }
 
     /// Resolves at the next change: a renewal confirmed or failed, or the loss.
-    pub fn next_change(self: Arc<Self>) -> impl Future<Output = ()> + Send + use<> {
+    pub(crate) fn next_change(self: Arc<Self>) -> impl Future<Output = ()> + Send + use<> {
         let seen = lock(&self.state).version;
         async move {
             loop {
@@ -468,7 +468,7 @@ impl Keeper {
     ///
     /// # Errors
     /// `Lost` if it is lost, else the store's.
-    pub async fn renew_now(&self, cell: &Arc<Cell>, adjust: impl Fn(&mut Held)) -> Result<Duration> {
+    pub(crate) async fn renew_now(&self, cell: &Arc<Cell>, adjust: impl Fn(&mut Held)) -> Result<Duration> {
         let turn = loop {
             cell.idle().await;
             let mut state = lock(&cell.state);
@@ -493,9 +493,11 @@ impl Keeper {
             self.shared.plan(cell, due);
         }
         let _ = answer?;
-        match lock(&cell.state).lease.loss(clock::now()) {
+        let mut state = lock(&cell.state);
+        let now = clock::now();
+        match state.lease.loss(now) {
             Some(loss) => Err(lost_error(&cell.held, loss)),
-            None => Ok(cell.remaining()),
+            None => Ok(state.lease.remaining(now)),
         }
     }
 
@@ -506,12 +508,12 @@ impl Keeper {
     }
 
     /// Stops keeping it and leaves it to its TTL.
-    pub fn leave(&self, cell: &Cell) {
+    pub(crate) fn leave(&self, cell: &Cell) {
         self.stop(cell);
     }
 
     /// Posts its release.
-    pub fn drop_lock(&self, cell: &Cell) {
+    pub(crate) fn drop_lock(&self, cell: &Cell) {
         self.stop(cell);
         let lost_for_good = {
             let mut state = lock(&cell.state);
@@ -526,7 +528,7 @@ impl Keeper {
     ///
     /// # Errors
     /// The store's. After `Unknown` or `Unavailable` the keeper tries on until the lease has ended.
-    pub async fn release_now(&self, cell: &Arc<Cell>) -> Result<Released> {
+    pub(crate) async fn release_now(&self, cell: &Arc<Cell>) -> Result<Released> {
         self.stop(cell);
         let armed = Releasing { keeper: self, cell };
         let mut answer = self.store().release(&cell.held).await;

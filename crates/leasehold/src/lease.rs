@@ -12,7 +12,7 @@ use crate::types::Renewal;
 /// How often a lease is renewed within its TTL.
 pub const RENEWALS_PER_TTL: u32 = 10;
 /// Locks become visible to `ls` on stores with an index by their first renewal: it comes this soon at the latest.
-pub const FIRST_RENEWAL: Duration = Duration::from_secs(1);
+pub(crate) const FIRST_RENEWAL: Duration = Duration::from_secs(1);
 /// The TTL of a mutex unless set: long enough that ten renewals ride out a failover, short enough to wait for a crash.
 pub const DEFAULT_TTL: Duration = Duration::from_secs(30);
 
@@ -23,12 +23,12 @@ const DRIFT_LEAST: Duration = Duration::from_millis(2);
 const _: () = assert!(RENEWALS_PER_TTL >= 3);
 
 /// How much of a TTL is not trusted: 1 % for clocks that run at different speeds, and 2 ms for their grain.
-pub fn drift(ttl: Duration) -> Duration {
+pub(crate) fn drift(ttl: Duration) -> Duration {
     (ttl / DRIFT_PART).saturating_add(DRIFT_LEAST)
 }
 
 /// Until when a lease can be trusted that was answered with `ttl` to a request sent at `sent_at`.
-pub fn valid_until(sent_at: Instant, ttl: Duration) -> Instant {
+pub(crate) fn valid_until(sent_at: Instant, ttl: Duration) -> Instant {
     sent_at.plus(ttl.saturating_sub(drift(ttl)))
 }
 
@@ -67,7 +67,7 @@ impl std::fmt::Display for Loss {
 
 /// What the answer to a renewal was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The store answered.
     Answered(Renewal),
     /// No answer, or an error: nothing is known and nothing is extended.
@@ -76,7 +76,7 @@ pub enum Outcome {
 
 /// What a keeper does next about a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
+pub(crate) enum Next {
     /// Renew at this moment.
     At(Instant),
     /// Nothing any more but to notice its end.
@@ -85,7 +85,7 @@ pub enum Next {
 
 /// One held lock's time.
 #[derive(Clone, Debug)]
-pub struct Lease {
+pub(crate) struct Lease {
     /// What each renewal asks for.
     ttl: Duration,
     renewing: bool,
@@ -101,7 +101,7 @@ pub struct Lease {
 
 impl Lease {
     /// The lease of a grant of `granted` in answer to a request sent at `sent`; renewals ask for `ttl`.
-    pub fn new(
+    pub(crate) fn new(
         sent: Now,
         ttl: Duration,
         granted: Duration,
@@ -123,25 +123,26 @@ impl Lease {
     }
 
     /// Until when the lock can be trusted, as far as is known.
-    pub fn valid_until(&self) -> Instant {
+    pub(crate) fn valid_until(&self) -> Instant {
         self.valid_until
     }
 
     /// What each renewal asks for.
-    pub fn ttl(&self) -> Duration {
+    pub(crate) fn ttl(&self) -> Duration {
         self.ttl
     }
 
     /// Whether it is lost, and why. Once it is, it stays so: the first look after the end settles it.
-    pub fn loss(&mut self, now: Instant) -> Option<Loss> {
+    pub(crate) fn loss(&mut self, now: Instant) -> Option<Loss> {
         if self.lost.is_none() && now >= self.valid_until {
-            self.lost = Some(if self.valid_until >= self.max_until { Loss::MaxHold } else { Loss::Expired });
+            let capped = self.valid_until.plus(drift(self.ttl) * 2) >= self.max_until;
+            self.lost = Some(if capped { Loss::MaxHold } else { Loss::Expired });
         }
         self.lost
     }
 
     /// How sure the holder can be at `now`.
-    pub fn status(&mut self, now: Now) -> Status {
+    pub(crate) fn status(&mut self, now: Now) -> Status {
         if self.loss(now.boot).is_some() {
             Status::Lost
         } else if self.doubt || self.was_paused(now) {
@@ -153,23 +154,23 @@ impl Lease {
 
     /// Whether the wall clock ran ahead of the boot-time clock since the last confirmation: a paused or migrated
     /// virtual machine, whose boot-time clock stood still meanwhile.
-    pub fn was_paused(&self, now: Now) -> bool {
+    pub(crate) fn was_paused(&self, now: Now) -> bool {
         let ahead = now.wall.saturating_sub(now.boot.after_boot());
         ahead.saturating_sub(self.wall_ahead) > drift(self.ttl)
     }
 
     /// Time left that can be trusted.
-    pub fn remaining(&mut self, now: Instant) -> Duration {
+    pub(crate) fn remaining(&mut self, now: Instant) -> Duration {
         if self.loss(now).is_some() { Duration::ZERO } else { self.valid_until.since(now) }
     }
 
     /// What a renewal sent now should ask for: the TTL, but never past the maximum hold. `None`: only confirm.
-    pub fn extension(&self, now: Instant) -> Option<Duration> {
+    pub(crate) fn extension(&self, now: Instant) -> Option<Duration> {
         self.bounded(now, self.renewing.then_some(self.ttl)?)
     }
 
     /// `wanted`, but never past the maximum hold; `None` if that has no room left.
-    pub fn bounded(&self, now: Instant, wanted: Duration) -> Option<Duration> {
+    pub(crate) fn bounded(&self, now: Instant, wanted: Duration) -> Option<Duration> {
         if self.max_until == Instant::FAR {
             return Some(wanted);
         }
@@ -177,7 +178,7 @@ impl Lease {
     }
 
     /// When to look after a new lease first: at the next slot of its grid, or within [`FIRST_RENEWAL`].
-    pub fn first(&self, now: Instant, phase: Duration) -> Next {
+    pub(crate) fn first(&self, now: Instant, phase: Duration) -> Next {
         let interval = self.ttl / RENEWALS_PER_TTL;
         if interval > FIRST_RENEWAL {
             // Rounded to a quarter of a second, so that the locks of one moment come in one batch.
@@ -191,7 +192,7 @@ impl Lease {
     }
 
     /// Takes in the answer to a renewal sent at `sent` and says what to do next.
-    pub fn after_renewal(&mut self, sent: Now, outcome: Outcome, now: Now, phase: Duration) -> Next {
+    pub(crate) fn after_renewal(&mut self, sent: Now, outcome: Outcome, now: Now, phase: Duration) -> Next {
         if self.loss(now.boot).is_some() {
             return Next::Stop;
         }

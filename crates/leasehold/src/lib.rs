@@ -47,6 +47,7 @@ pub mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod error;
+pub mod fence;
 mod guard;
 mod keeper;
 mod lease;

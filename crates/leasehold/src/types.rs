@@ -427,7 +427,6 @@ pub enum Renewal {
 
 /// The answer to a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
 pub enum Released {
     /// It was held by this claim and is free now.
     Released,

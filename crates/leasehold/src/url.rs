@@ -140,9 +140,9 @@ impl Place {
             "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix" => {
                 RedisConfig::from_url(url).map(|config| Self::Redis(Box::new(config)))
             }
-            "redis+sentinel" | "redis+cluster" | "quorum" | "ring" | "etcd" | "consul" | "sqlite"
-            | "redis" | "rediss" => {
-                Err(Error::new(ErrorKind::Unsupported, format!("this build has no store for {scheme}: URLs")))
+            #[cfg(not(all(feature = "redis", feature = "sqlite")))]
+            "sqlite" | "redis" | "rediss" | "valkey" | "valkeys" => {
+                Err(Error::new(ErrorKind::Unsupported, format!("this build was made without the {scheme}: store")))
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
                 .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite: and memory:")),
@@ -153,7 +153,7 @@ impl Place {
         match self {
             Self::Memory => Ok(Arc::new(MemoryStore::new())),
             #[cfg(feature = "sqlite")]
-            Self::Sqlite(path) => Ok(Arc::new(SqliteStore::open(&path)?)),
+            Self::Sqlite(path) => Ok(Arc::new(SqliteStore::open(&path, &sqlite::Options::default())?)),
             #[cfg(feature = "redis")]
             Self::Redis(config) => Ok(RedisStore::connect(*config, runtime.clone()).await?),
         }

@@ -37,6 +37,7 @@ macro_rules! suite {
     };
 }
 
+#[expect(clippy::unused_async, reason = "every store is made in the same way")]
 async fn memory() -> ((), Arc<dyn Store>) {
     ((), Arc::new(MemoryStore::new()))
 }

@@ -1,3 +1,7 @@
 //! The stores. Each imports only `types`, `error`, `store` and `clock`.
 
 pub mod memory;
+#[cfg(feature = "redis")]
+pub mod redis;
+#[cfg(feature = "sqlite")]
+pub mod sqlite;

@@ -1,0 +1,291 @@
+//! One connection to the server, redialled when it is broken, and never waited for when the server is down.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::{TcpSettings, socket2::TcpKeepalive};
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, IntoConnectionInfo, ProtocolVersion, PushInfo,
+    PushKind, RedisConnectionInfo, RedisError, TlsCertificates, Value,
+};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use super::config::{Address, RedisConfig};
+use super::reply;
+use crate::clock::{self, Instant};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Commands that may wait for the driver before callers wait for it in turn.
+const QUEUE: usize = 1024;
+
+/// A live connection, or one that was alive a moment ago.
+pub(super) struct Link {
+    connection: MultiplexedConnection,
+    /// Which connection of the store this is, counted from 1.
+    pub(super) generation: u64,
+    /// Set when it broke, by whoever noticed first.
+    closed: Arc<AtomicBool>,
+    probing: AtomicBool,
+}
+
+impl Link {
+    pub(super) fn is_open(&self) -> bool {
+        !self.closed.load(Ordering::Acquire)
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("generation", &self.generation)
+            .field("open", &self.is_open())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of a dial; `None` while it goes on.
+type Dialled = Option<Result<Arc<Link>>>;
+
+#[derive(Debug)]
+enum Slot {
+    Down,
+    Dialling(watch::Receiver<Dialled>),
+    Up(Arc<Link>),
+}
+
+/// Makes connections on a runtime of its own, whatever executor the callers are on.
+#[derive(Debug)]
+pub(super) struct Connector {
+    config: RedisConfig,
+    pub(super) location: Arc<str>,
+    runtime: Handle,
+    slot: Mutex<Slot>,
+    generations: AtomicU64,
+}
+
+impl Connector {
+    pub(super) fn new(config: RedisConfig, runtime: Handle) -> Arc<Self> {
+        let location = config.location();
+        Arc::new(Self {
+            config,
+            location,
+            runtime,
+            slot: Mutex::new(Slot::Down),
+            generations: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn timeout(&self) -> Duration {
+        self.config.timeout
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection: the one there is, else what one attempt to dial gives. Calls that come meanwhile share the attempt.
+    pub(super) async fn link(self: &Arc<Self>, deadline: Instant) -> Result<Arc<Link>> {
+        let dialling = {
+            let mut slot = self.slot();
+            match &*slot {
+                Slot::Up(link) if link.is_open() => return Ok(link.clone()),
+                Slot::Dialling(dialling) => dialling.clone(),
+                Slot::Up(_) | Slot::Down => {
+                    let dialling = self.start_dialling();
+                    *slot = Slot::Dialling(dialling.clone());
+                    dialling
+                }
+            }
+        };
+        Box::pin(self.joined(dialling, deadline)).await
+    }
+
+    async fn joined(&self, mut dialling: watch::Receiver<Dialled>, deadline: Instant) -> Result<Arc<Link>> {
+        let outcome = async { dialling.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) };
+        match clock::timeout_at(deadline, outcome).await {
+            Some(Ok(Some(outcome))) => outcome,
+            Some(Ok(None) | Err(_)) => {
+                *self.slot() = Slot::Down;
+                Err(self.unavailable("the runtime that kept the connection has ended"))
+            }
+            None => Err(self
+                .unavailable("could not connect in time")
+                .advise("is the server running and reachable?")),
+        }
+    }
+
+    fn unavailable(&self, what: &'static str) -> Error {
+        Error::new(ErrorKind::Unavailable, what).on_store(&self.location)
+    }
+
+    fn start_dialling(self: &Arc<Self>) -> watch::Receiver<Dialled> {
+        let (sender, receiver) = watch::channel(None);
+        let this = self.clone();
+        self.runtime.spawn(async move {
+            let deadline = clock::now().plus(this.timeout());
+            let outcome = match clock::timeout_at(deadline, this.dial()).await {
+                Some(outcome) => outcome,
+                None => Err(this.unavailable("could not connect in time").advise("is the server reachable?")),
+            };
+            *this.slot() = match &outcome {
+                Ok(link) => Slot::Up(link.clone()),
+                Err(_) => Slot::Down,
+            };
+            sender.send_replace(Some(outcome));
+        });
+        receiver
+    }
+
+    async fn dial(&self) -> Result<Arc<Link>> {
+        match self.dial_speaking(ProtocolVersion::RESP3).await? {
+            Ok(link) => Ok(link),
+            Err(error) if error.kind() == redis::ErrorKind::RESP3NotSupported => {
+                self.dial_speaking(ProtocolVersion::RESP2).await?.map_err(|error| self.not_connected(&error))
+            }
+            Err(error) => Err(self.not_connected(&error)),
+        }
+    }
+
+    fn not_connected(&self, error: &RedisError) -> Error {
+        reply::not_connected(error, self.config.username.as_deref()).on_store(&self.location)
+    }
+
+    async fn dial_speaking(&self, protocol: ProtocolVersion) -> Result<Result<Arc<Link>, RedisError>> {
+        let on_store = |error: Error| error.on_store(&self.location);
+        let login = self.login(protocol).map_err(on_store)?;
+        let client = match self.client(login).map_err(on_store)? {
+            Ok(client) => client,
+            Err(error) => return Ok(Err(error)),
+        };
+        let closed = Arc::new(AtomicBool::new(false));
+        // Time-outs are ours: by the boot-time clock, and under any executor.
+        let mut options = AsyncConnectionConfig::new()
+            .set_connection_timeout(None)
+            .set_response_timeout(None)
+            .set_pipeline_buffer_size(QUEUE);
+        if protocol == ProtocolVersion::RESP3 {
+            let closed = closed.clone();
+            options = options.set_push_sender(move |push: PushInfo| -> Result<(), redis::aio::SendError> {
+                if push.kind == PushKind::Disconnection {
+                    closed.store(true, Ordering::Release);
+                }
+                Ok(())
+            });
+        }
+        let dialled = client.get_multiplexed_async_connection_with_config(&options).await;
+        Ok(dialled.map(|connection| {
+            let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
+            Arc::new(Link { connection, generation, closed, probing: AtomicBool::new(false) })
+        }))
+    }
+
+    fn login(&self, protocol: ProtocolVersion) -> Result<RedisConnectionInfo> {
+        let (username, password) = self.config.credentials(|name| std::env::var(name).ok())?;
+        let mut login = RedisConnectionInfo::default()
+            .set_protocol(protocol)
+            .set_db(i64::from(self.config.database))
+            .set_lib_name("leasehold", env!("CARGO_PKG_VERSION"));
+        if let Some(username) = username {
+            login = login.set_username(username);
+        }
+        if let Some(password) = password {
+            login = login.set_password(password.expose());
+        }
+        Ok(login)
+    }
+
+    fn client(&self, login: RedisConnectionInfo) -> Result<Result<Client, RedisError>> {
+        let address = match &self.config.address {
+            Address::Tcp { host, port, tls: false } => ConnectionAddr::Tcp(host.clone(), *port),
+            Address::Tcp { host, port, tls: true } => {
+                install_tls_provider();
+                ConnectionAddr::TcpTls { host: host.clone(), port: *port, insecure: false, tls_params: None }
+            }
+            Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
+        };
+        // Without nodelay the second of two small commands waits for the answer to the first; without the other two
+        // a peer that vanished is noticed after a quarter of an hour.
+        let settings = TcpSettings::default()
+            .set_nodelay(true)
+            .set_keepalive(
+                TcpKeepalive::new().with_time(Duration::from_secs(10)).with_interval(Duration::from_secs(3)),
+            )
+            .set_user_timeout(self.config.timeout * 2);
+        let client = address
+            .into_connection_info()
+            .map(|info| info.set_tcp_settings(settings).set_redis_settings(login));
+        let Some(path) = &self.config.ca else { return Ok(client.and_then(Client::open)) };
+        let root =
+            std::fs::read(path).map_err(|error| Error::invalid(format!("ca {}: {error}", path.display())))?;
+        let certificates = TlsCertificates { client_tls: None, root_cert: Some(root) };
+        Ok(client.and_then(|info| Client::build_with_tls(info, certificates)))
+    }
+
+    /// Sends one command. A refusal by the server is a value.
+    pub(super) async fn send(&self, link: &Arc<Link>, command: &Cmd, deadline: Instant) -> Result<Value> {
+        let mut connection = link.connection.clone();
+        match clock::timeout_at(deadline, connection.send_packed_command(command)).await {
+            Some(Ok(value)) => Ok(value),
+            failed => Err(self.unanswered(link, failed.and_then(Result::err))),
+        }
+    }
+
+    /// Sends several commands in one write: one answer each.
+    pub(super) async fn send_all(
+        &self,
+        link: &Arc<Link>,
+        commands: &redis::Pipeline,
+        deadline: Instant,
+    ) -> Result<Vec<Value>> {
+        let mut connection = link.connection.clone();
+        match clock::timeout_at(deadline, connection.send_packed_commands(commands, 0, commands.len())).await
+        {
+            Some(Ok(values)) => Ok(values),
+            failed => Err(self.unanswered(link, failed.and_then(Result::err))),
+        }
+    }
+
+    /// The command may have been run or not: nobody can tell from here.
+    fn unanswered(&self, link: &Arc<Link>, error: Option<RedisError>) -> Error {
+        let unknown = |what: &'static str| Error::new(ErrorKind::Unknown, what).on_store(&self.location);
+        if let Some(error) = error {
+            link.closed.store(true, Ordering::Release);
+            unknown("the connection broke before the answer came").caused_by(error)
+        } else {
+            self.probe(link);
+            unknown("no answer came in time")
+        }
+    }
+
+    /// Asks a connection that left a command unanswered for a sign of life, and gives it up if none comes: a connection
+    /// into a black hole stays open for ever.
+    fn probe(&self, link: &Arc<Link>) {
+        if link.probing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (link, timeout) = (link.clone(), self.timeout());
+        self.runtime.spawn(async move {
+            let mut connection = link.connection.clone();
+            let ping = redis::cmd("PING");
+            let answer =
+                clock::timeout_at(clock::now().plus(timeout), connection.send_packed_command(&ping)).await;
+            if !matches!(answer, Some(Ok(_))) {
+                link.closed.store(true, Ordering::Release);
+            }
+            link.probing.store(false, Ordering::Release);
+        });
+    }
+}
+
+/// Gives the process a provider of TLS, unless it has one: none makes rustls panic.
+fn install_tls_provider() {
+    use rustls::crypto::{CryptoProvider, aws_lc_rs};
+    if CryptoProvider::get_default().is_none() {
+        // Another thread may have been quicker; either will do.
+        let _ = aws_lc_rs::default_provider().install_default();
+    }
+}

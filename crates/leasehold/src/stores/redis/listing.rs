@@ -1,0 +1,149 @@
+//! Who holds what.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use redis::{Pipeline, RedisWrite, Value};
+
+use super::connection::Link;
+use super::keys::Keys;
+use super::reply::{self, Occupant, Refusal};
+use super::script::{By, INSPECT, LIST};
+use super::{RedisStore, wrote};
+use crate::clock::Instant;
+use crate::error::Result;
+use crate::types::{Holder, LockView, Name, Page, Query};
+
+/// The most locks of one page.
+const PAGE: usize = 500;
+/// Locks looked at by one command, so that no command holds the server up for long.
+const BATCH: usize = 100;
+
+impl RedisStore {
+    pub(super) async fn look_at(&self, query: &Query) -> Result<Page<LockView>> {
+        let deadline = self.deadline(None);
+        let link = self.connector.link(deadline).await?;
+        match query {
+            Query::One(name) => {
+                let items = self.views(&link, std::slice::from_ref(name), deadline).await?;
+                Ok(Page { items, next: None })
+            }
+            Query::Prefix { prefix, after, limit } => {
+                let limit = (*limit).clamp(1, PAGE);
+                let names = self.indexed(&link, prefix, after.as_ref(), limit, deadline).await?;
+                let next = names.get(limit - 1).filter(|_| names.len() > limit).cloned();
+                let names = &names[..names.len().min(limit)];
+                let mut items = self.views(&link, names, deadline).await?;
+                items.retain(|view| view.holder.is_some());
+                Ok(Page { items, next })
+            }
+        }
+    }
+
+    /// Up to one name more than `limit`, in order.
+    async fn indexed(
+        &self,
+        link: &Arc<Link>,
+        prefix: &[u8],
+        after: Option<&Name>,
+        limit: usize,
+        deadline: Instant,
+    ) -> Result<Vec<Name>> {
+        let index = self.keyspace.index();
+        let call = |by| {
+            let mut call = LIST.call(by, 1, 0, index.len());
+            call.write_arg(index);
+            Ok(call)
+        };
+        let answer = self.run(link, deadline, call).await?;
+        let Value::Array(found) = answer else { return Err(reply::unexpected(&answer)) };
+        let mut names = BTreeSet::new();
+        for value in found {
+            let Value::BulkString(bytes) = value else { continue };
+            // The index is a key like any other: what stands in it is checked as if a stranger had written it.
+            let Ok(name) = Name::new(&bytes) else { continue };
+            if bytes.starts_with(prefix) && after.is_none_or(|after| *after < name) {
+                names.insert(name);
+                if names.len() > limit + 1 {
+                    names.pop_last();
+                }
+            }
+        }
+        Ok(names.into_iter().collect())
+    }
+
+    /// One view for each name, in one round trip.
+    async fn views(&self, link: &Arc<Link>, names: &[Name], deadline: Instant) -> Result<Vec<LockView>> {
+        let keys = names.iter().map(|name| self.keyspace.keys(name)).collect::<Result<Vec<_>>>()?;
+        let mut by = By::Digest;
+        let answers = loop {
+            let mut calls = Pipeline::with_capacity(names.len().div_ceil(BATCH));
+            for batch in keys.chunks(BATCH) {
+                calls.add_command(inspect_call(batch, by)?);
+            }
+            if calls.is_empty() {
+                return Ok(Vec::new());
+            }
+            let answers = self.connector.send_all(link, &calls, deadline).await?;
+            let is_unknown = answers.iter().any(
+                |answer| matches!(answer, Value::ServerError(error) if Refusal::of(error).is_unknown_script()),
+            );
+            if !is_unknown || by == By::Text {
+                break answers;
+            }
+            by = By::Text;
+        };
+        let mut views = Vec::with_capacity(names.len());
+        for (batch, answer) in names.chunks(BATCH).zip(answers) {
+            let answer = self.accepted(answer)?;
+            views.extend(read_views(batch, &answer).ok_or_else(|| reply::unexpected(&answer))?);
+        }
+        Ok(views)
+    }
+}
+
+fn inspect_call(batch: &[Keys<'_>], by: By) -> Result<redis::Cmd> {
+    let mut call = INSPECT.call(by, 2 * batch.len(), 0, batch.iter().map(|keys| 2 * keys.bound()).sum());
+    for keys in batch {
+        wrote(keys.write_lock(&mut call.writer_for_next_arg()))?;
+        wrote(keys.write_fence(&mut call.writer_for_next_arg()))?;
+    }
+    Ok(call)
+}
+
+fn read_views(names: &[Name], answer: &Value) -> Option<Vec<LockView>> {
+    let Value::Array(parts) = answer else { return None };
+    let (Value::Int(now), rest) = parts.split_first()? else { return None };
+    if rest.len() != 3 * names.len() {
+        return None;
+    }
+    names.iter().zip(rest.chunks_exact(3)).map(|(name, parts)| read_view(name, parts, *now)).collect()
+}
+
+fn read_view(name: &Name, parts: &[Value], now: i64) -> Option<LockView> {
+    let [value, Value::Int(left), fence] = parts else { return None };
+    let mut view = LockView::free(name.clone());
+    if let Value::BulkString(text) = fence {
+        view.last_token = reply::read_token(text);
+    }
+    view.holder = match value {
+        Value::Nil => None,
+        Value::BulkString(value) => Some(Occupant::read(value).into_holder(*left)),
+        // Another type: the script answers with its name in a list.
+        Value::Array(kind) => {
+            let kind = kind.first().and_then(reply::text).unwrap_or_default();
+            let mut holder = Holder { remaining: reply::remaining(*left), ..Holder::default() };
+            holder.foreign = Some(format!("a key of type {kind}"));
+            Some(holder)
+        }
+        _ => return None,
+    };
+    if let Some(holder) = &mut view.holder {
+        // A token is the server's time of the grant, unless that clock had stepped back.
+        holder.since_unix_micros = holder
+            .token
+            .map(crate::types::FencingToken::get)
+            .filter(|micros| i64::try_from(*micros).is_ok_and(|at| at <= now));
+    }
+    Some(view)
+}

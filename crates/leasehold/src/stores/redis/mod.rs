@@ -1,0 +1,341 @@
+//! The store over one Redis or Valkey server.
+//!
+//! A lock is a plain string key, written with `SET .. NX PX` and removed by compare-and-delete, as many libraries do
+//! it: they and Leasehold exclude each other on one name. `docs/redis.md` tells the rest.
+
+mod config;
+mod connection;
+mod diagnose;
+mod fence;
+mod keys;
+mod listing;
+mod look;
+mod reply;
+mod script;
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use redis::{Cmd, Pipeline, RedisWrite, Value};
+use tokio::runtime::Handle;
+
+pub use config::{DEFAULT_TIMEOUT, PASSWORD_VARIABLE, RedisConfig, USERNAME_VARIABLE};
+pub use fence::{FENCED_SET, RedisFence};
+#[doc(hidden)]
+pub use keys::{KeyNames, key_names};
+
+use crate::clock::{self, Instant};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Store;
+use crate::types::{
+    Acquired, Claim, FencingToken, Finding, Grant, Guarantees, Held, LockView, MAX_RECORD_BYTES, Page, Query,
+    Released, Renewal, Ticket, Woken,
+};
+use connection::{Connector, Link};
+use keys::{Keys, Keyspace, owner};
+use reply::{Occupant, Refusal};
+use script::By;
+
+/// The least TTL.
+const LEAST_TTL: Duration = Duration::from_millis(10);
+/// The largest TTL.
+const MOST_TTL: Duration = Duration::from_secs(366 * 24 * 3600);
+/// How long a last token is kept at least.
+const RETENTION_MS: u64 = 24 * 3600 * 1000;
+/// Locks in one renewal command.
+const BATCH: usize = 100;
+
+/// Locks on one Redis or Valkey server.
+#[derive(Debug)]
+pub struct RedisStore {
+    connector: Arc<Connector>,
+    keyspace: Keyspace,
+    username: Option<String>,
+    guarantees: Guarantees,
+}
+
+impl RedisStore {
+    /// Connects, and looks at the server to see what it can promise. The connection lives on `runtime`, which must have
+    /// I/O enabled; the store's own methods work under any executor.
+    ///
+    /// # Errors
+    /// `Unavailable` if the server cannot be reached, `Rejected` if it refuses the login, `Invalid` if a file that the
+    /// URL names cannot be read.
+    ///
+    /// # Round trips
+    /// The dial and two.
+    pub async fn connect(config: RedisConfig, runtime: Handle) -> Result<Arc<Self>> {
+        let keyspace = Keyspace::new(&config.prefix);
+        let username = config.username.clone();
+        let connector = Connector::new(config, runtime);
+        let guarantees = look::guarantees(&connector).await?;
+        Ok(Arc::new(Self { connector, keyspace, username, guarantees }))
+    }
+
+    fn deadline(&self, ttl: Option<Duration>) -> Instant {
+        let timeout = self.connector.timeout();
+        // A command must not outlast the lease that it is about.
+        clock::now().plus(ttl.map_or(timeout, |ttl| timeout.min(ttl / 3)))
+    }
+
+    /// Runs a script: by its digest, and with its text where the server does not know it.
+    async fn run(
+        &self,
+        link: &Arc<Link>,
+        deadline: Instant,
+        call: impl Fn(By) -> Result<Cmd> + Send,
+    ) -> Result<Value> {
+        let answer = self.connector.send(link, &call(By::Digest)?, deadline).await?;
+        let answer = match &answer {
+            Value::ServerError(error) if Refusal::of(error).is_unknown_script() => {
+                self.connector.send(link, &call(By::Text)?, deadline).await?
+            }
+            _ => answer,
+        };
+        self.accepted(answer)
+    }
+
+    fn accepted(&self, value: Value) -> Result<Value> {
+        reply::accepted(value, self.username.as_deref())
+            .map_err(|error| error.on_store(&self.connector.location))
+    }
+
+    async fn acquire_once(&self, claim: &Claim) -> Result<Acquired> {
+        let ttl = checked_ttl(claim.ttl)?;
+        if claim.record.len() > MAX_RECORD_BYTES {
+            return Err(Error::invalid(format!(
+                "the record of the claim has {} bytes, at most {MAX_RECORD_BYTES} are allowed",
+                claim.record.len()
+            )));
+        }
+        let keys = self.keyspace.keys(&claim.name)?;
+        let deadline = self.deadline(Some(claim.ttl));
+        let link = self.connector.link(deadline).await?;
+        let answer = self.run(&link, deadline, |by| acquire_call(&keys, claim, ttl, by)).await?;
+        let granted = |token, ttl| Acquired::Granted(Grant { token, ttl, session: link.generation });
+        match &answer {
+            Value::Int(token) => {
+                let token = u64::try_from(*token).map_err(|_| reply::unexpected(&answer))?;
+                Ok(granted(FencingToken::new(token), Duration::from_millis(ttl)))
+            }
+            Value::Array(parts) => match parts.as_slice() {
+                [Value::BulkString(value), Value::Int(left)] => match Occupant::read(value) {
+                    Occupant::Claim { id, token, .. } if id == claim.id => {
+                        Ok(granted(token, reply::remaining(*left).unwrap_or(MOST_TTL)))
+                    }
+                    Occupant::Newer(shown) => Err(newer_protocol(&shown)),
+                    occupant => Ok(Acquired::Busy(occupant.into_holder(*left))),
+                },
+                _ => Err(reply::unexpected(&answer)),
+            },
+            _ => Err(reply::unexpected(&answer)),
+        }
+    }
+
+    async fn release_once(&self, held: &Held) -> Result<Released> {
+        let keys = self.keyspace.keys(&held.name)?;
+        let deadline = self.deadline(None);
+        let link = self.connector.link(deadline).await?;
+        let forbid = held.suspect || held.session != link.generation;
+        match self.run(&link, deadline, |by| release_call(&keys, held, forbid, by)).await? {
+            Value::Int(1) => Ok(Released::Released),
+            Value::Int(0) => Ok(Released::NotHeld),
+            Value::Int(2) => Ok(Released::HeldByOther),
+            other => Err(reply::unexpected(&other)),
+        }
+    }
+
+    /// The answers of items that are all in range, in their order.
+    async fn renew_all(&self, items: &[Renewable<'_>]) -> Result<Vec<Result<Renewal>>> {
+        let shortest =
+            items.iter().filter(|item| item.ttl > 0).map(|item| Duration::from_millis(item.ttl)).min();
+        let deadline = self.deadline(shortest);
+        let link = self.connector.link(deadline).await?;
+        let mut calls = Pipeline::with_capacity(items.len().div_ceil(BATCH));
+        for batch in items.chunks(BATCH) {
+            calls.add_command(renew_call(&self.keyspace, batch, By::Digest)?);
+        }
+        let mut answers = self.connector.send_all(&link, &calls, deadline).await?;
+        let is_unknown = |answer: &Value| match answer {
+            Value::ServerError(error) => Refusal::of(error).is_unknown_script(),
+            _ => false,
+        };
+        if answers.iter().any(is_unknown) {
+            let mut again = Pipeline::new();
+            for (batch, _) in items.chunks(BATCH).zip(&answers).filter(|(_, answer)| is_unknown(answer)) {
+                again.add_command(renew_call(&self.keyspace, batch, By::Text)?);
+            }
+            let mut second = self.connector.send_all(&link, &again, deadline).await?.into_iter();
+            for answer in answers.iter_mut().filter(|answer| is_unknown(answer)) {
+                *answer = second.next().unwrap_or_default();
+            }
+        }
+        Ok(items
+            .chunks(BATCH)
+            .zip(answers)
+            .flat_map(|(batch, answer)| self.renewals(batch.len(), answer))
+            .collect())
+    }
+
+    fn renewals(&self, count: usize, answer: Value) -> Vec<Result<Renewal>> {
+        match self.accepted(answer) {
+            Ok(Value::Array(answers)) if answers.len() == count => {
+                answers.into_iter().map(|answer| self.renewal(answer)).collect()
+            }
+            Ok(other) => vec![Err(reply::unexpected(&other)); count],
+            Err(error) => vec![Err(error); count],
+        }
+    }
+
+    fn renewal(&self, answer: Value) -> Result<Renewal> {
+        match self.accepted(answer)? {
+            Value::Int(-2) => Ok(Renewal::Lost),
+            // Somebody took the key's expiry away; the lease that we rely on stays bounded.
+            Value::Int(-1) => Ok(Renewal::Renewed(MOST_TTL)),
+            Value::Int(left) => Ok(Renewal::Renewed(reply::remaining(left).unwrap_or_default())),
+            other => Err(reply::unexpected(&other)),
+        }
+    }
+}
+
+/// What one item of a renewal needs.
+#[derive(Debug)]
+struct Renewable<'a> {
+    held: &'a Held,
+    keys: Keys<'a>,
+    /// Milliseconds; 0 only confirms.
+    ttl: u64,
+}
+
+fn checked_ttl(ttl: Duration) -> Result<u64> {
+    if !(LEAST_TTL..=MOST_TTL).contains(&ttl) {
+        return Err(Error::invalid(format!("a TTL of {ttl:?} is out of range: 10 ms to 366 days on Redis")));
+    }
+    Ok(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn newer_protocol(shown: &str) -> Error {
+    Error::new(
+        ErrorKind::Rejected,
+        format!("the lock is held by a version of Leasehold whose protocol is unknown ({shown})"),
+    )
+    .advise("use the same version everywhere")
+}
+
+/// Writing into a command's memory cannot fail; the type says otherwise.
+fn wrote(result: std::io::Result<()>) -> Result<()> {
+    result.map_err(|error| Error::invalid("the command could not be written").caused_by(error))
+}
+
+fn acquire_call(keys: &Keys<'_>, claim: &Claim, ttl: u64, by: By) -> Result<Cmd> {
+    let mut call = script::ACQUIRE.call(by, 3, 4, 3 * keys.bound() + claim.record.len() + 128);
+    wrote(keys.write_lock(&mut call.writer_for_next_arg()))?;
+    wrote(keys.write_fence(&mut call.writer_for_next_arg()))?;
+    wrote(keys.write_gone(claim.id, &mut call.writer_for_next_arg()))?;
+    call.write_arg(&owner(claim.id));
+    call.write_arg(claim.record.as_bytes());
+    call.write_arg_fmt(ttl);
+    call.write_arg_fmt(RETENTION_MS.max(ttl.saturating_mul(2)));
+    Ok(call)
+}
+
+fn release_call(keys: &Keys<'_>, held: &Held, forbid: bool, by: By) -> Result<Cmd> {
+    let mut call = script::RELEASE.call(by, 1 + usize::from(forbid), 1, 2 * keys.bound() + 64);
+    wrote(keys.write_lock(&mut call.writer_for_next_arg()))?;
+    if forbid {
+        wrote(keys.write_gone(held.id, &mut call.writer_for_next_arg()))?;
+    }
+    call.write_arg(&owner(held.id));
+    Ok(call)
+}
+
+fn renew_call(keyspace: &Keyspace, batch: &[Renewable<'_>], by: By) -> Result<Cmd> {
+    let bytes = batch.iter().map(|item| item.keys.bound() + 64).sum();
+    let mut call = script::RENEW.call(by, batch.len() + 1, 1 + 2 * batch.len(), bytes);
+    for item in batch {
+        wrote(item.keys.write_lock(&mut call.writer_for_next_arg()))?;
+    }
+    call.write_arg(keyspace.index());
+    call.write_arg_fmt(keyspace.prefix().len());
+    for item in batch {
+        call.write_arg(&owner(item.held.id));
+        call.write_arg_fmt(item.ttl);
+    }
+    Ok(call)
+}
+
+#[async_trait]
+impl Store for RedisStore {
+    async fn acquire(&self, claim: &Claim) -> Result<Acquired> {
+        self.acquire_once(claim)
+            .await
+            .map_err(|error| error.for_name(&claim.name).on_store(&self.connector.location))
+    }
+
+    async fn woken(&self, _ticket: &Ticket) -> Woken {
+        // Nobody queues here yet, so nobody is called.
+        std::future::pending().await
+    }
+
+    async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>> {
+        let mut answers = Vec::with_capacity(held.len());
+        let mut items = Vec::with_capacity(held.len());
+        for held in held {
+            let ttl = held.extend.map_or(Ok(0), checked_ttl);
+            match ttl.and_then(|ttl| Ok(Renewable { held, keys: self.keyspace.keys(&held.name)?, ttl })) {
+                Ok(item) => {
+                    items.push(item);
+                    answers.push(None);
+                }
+                Err(error) => answers.push(Some(Err(error))),
+            }
+        }
+        let mut renewed = if items.is_empty() {
+            Vec::new()
+        } else {
+            self.renew_all(&items).await.unwrap_or_else(|error| vec![Err(error); items.len()])
+        }
+        .into_iter();
+        let missing = || Err(Error::new(ErrorKind::Unknown, "no answer for this lock"));
+        let answers =
+            answers.into_iter().map(|answer| answer.or_else(|| renewed.next()).unwrap_or_else(missing));
+        let location = &self.connector.location;
+        answers
+            .zip(held)
+            .map(|(answer, held)| answer.map_err(|error| error.for_name(&held.name).on_store(location)))
+            .collect()
+    }
+
+    async fn release(&self, held: &Held) -> Result<Released> {
+        self.release_once(held)
+            .await
+            .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
+    }
+
+    async fn withdraw(&self, ticket: &Ticket) -> Result<()> {
+        let held = Held::unanswered(&Claim::new(ticket.name.clone(), ticket.id, LEAST_TTL));
+        self.release(&held).await.map(|_| ())
+    }
+
+    async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
+        self.look_at(query).await.map_err(|error| error.on_store(&self.connector.location))
+    }
+
+    fn guarantees(&self) -> Guarantees {
+        self.guarantees.clone()
+    }
+
+    fn location(&self) -> Arc<str> {
+        self.connector.location.clone()
+    }
+
+    async fn diagnose(&self) -> Vec<Finding> {
+        self.findings().await
+    }
+
+    fn lifeline(&self) -> Option<Arc<File>> {
+        None
+    }
+}

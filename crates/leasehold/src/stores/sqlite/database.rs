@@ -1,0 +1,242 @@
+//! The open database of one store: its connection, the gate before it, and one transaction per verb.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode, OptionalExtension};
+
+use super::boot::{Boot, micros};
+use super::files::Identity;
+use super::lifeline::{LifelineId, Lifelines};
+use crate::clock;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a name's last token is kept after its grant. Older ones are overtaken by the wall clock anyway.
+const TOKEN_RETENTION: Duration = Duration::from_secs(24 * 3600);
+/// How many transactions pass between two steps of cleaning up, and how many rows one step looks at.
+const TIDY_EVERY: u32 = 64;
+const TIDY_STEP: i64 = 32;
+
+/// What a worker thread works with.
+#[derive(Debug)]
+pub(super) struct Database {
+    pub(super) connection: Connection,
+    pub(super) path: PathBuf,
+    pub(super) location: Arc<str>,
+    pub(super) boot: Boot,
+    pub(super) lifelines: Lifelines,
+    gate: File,
+    identity: Identity,
+    entered: bool,
+    transactions: u32,
+    /// Where the last step of cleaning up stopped.
+    tidied_to: Vec<u8>,
+}
+
+/// What a verb sees inside its transaction.
+#[derive(Debug)]
+pub(super) struct Transaction<'a> {
+    pub(super) connection: &'a Connection,
+    pub(super) boot: &'a Boot,
+    pub(super) lifelines: &'a Lifelines,
+    /// Microseconds of the boot-time clock when it began.
+    pub(super) now: i64,
+    /// Processes found dead, whose holds it removed.
+    pub(super) dead: Vec<LifelineId>,
+}
+
+impl Database {
+    /// Puts the parts together; `gate` is open and not locked.
+    pub(super) fn new(
+        connection: Connection,
+        path: PathBuf,
+        location: Arc<str>,
+        boot: Boot,
+        lifelines: Lifelines,
+        gate: File,
+    ) -> Self {
+        let identity = Identity::note(&path);
+        Self {
+            connection,
+            path,
+            location,
+            boot,
+            lifelines,
+            gate,
+            identity,
+            entered: false,
+            transactions: 0,
+            tidied_to: Vec::new(),
+        }
+    }
+
+    /// Fails if the files are no longer those that were opened.
+    pub(super) fn verify(&self) -> Result<()> {
+        self.identity.verify().map_err(|e| e.on_store(&self.location))
+    }
+
+    /// Takes this process's turn at the gate, unless it has it.
+    ///
+    /// SQLite's own lock is a race of sleepers that one of eight processes can lose for seconds; the kernel hands a file
+    /// lock on to who waits.
+    fn enter(&mut self) -> Result<()> {
+        if self.entered {
+            return Ok(());
+        }
+        self.gate.lock().map_err(|e| {
+            Error::new(ErrorKind::Unavailable, "the gate of the lock database cannot be passed")
+                .caused_by(e)
+                .on_store(&self.location)
+        })?;
+        self.entered = true;
+        self.verify()
+    }
+
+    /// Ends this process's turn, if it has it.
+    pub(super) fn leave(&mut self) {
+        if !self.entered {
+            return;
+        }
+        if self.transactions >= TIDY_EVERY {
+            self.transactions = 0;
+            // Cleaning up is nobody's request: if it cannot be done now, it is done another time.
+            let _ = self.tidy();
+        }
+        self.entered = false;
+        // Cannot fail for an open file; were it to, closing the file at the end frees the gate.
+        let _ = self.gate.unlock();
+    }
+
+    /// Runs `work` in a transaction of its own: all of it is done, or nothing.
+    pub(super) fn transaction<T>(
+        &mut self,
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<T>,
+    ) -> Result<T> {
+        self.enter()?;
+        self.transactions += 1;
+        execute(&self.connection, "BEGIN IMMEDIATE").map_err(|e| e.on_store(&self.location))?;
+        let mut transaction = Transaction {
+            connection: &self.connection,
+            boot: &self.boot,
+            lifelines: &self.lifelines,
+            now: self.boot.now(),
+            dead: Vec::new(),
+        };
+        let done = work(&mut transaction);
+        let dead = transaction.dead;
+        let done = done.and_then(|out| execute(&self.connection, "COMMIT").map(|()| out));
+        if done.is_err() && !self.connection.is_autocommit() {
+            // If this fails too the next BEGIN says so.
+            let _ = execute(&self.connection, "ROLLBACK");
+        }
+        if done.is_ok() {
+            for id in dead {
+                self.lifelines.bury(id);
+            }
+        }
+        done.map_err(|e| e.on_store(&self.location))
+    }
+
+    /// Forgets a few old tokens and tombstones.
+    fn tidy(&mut self) -> Result<()> {
+        let after = std::mem::take(&mut self.tidied_to);
+        let oldest = micros(clock::wall().saturating_sub(TOKEN_RETENTION));
+        self.tidied_to = self.transaction(|transaction| transaction.tidy(&after, oldest))?;
+        Ok(())
+    }
+
+    /// Leaves nothing behind that can be cleared away: called at the end of the store.
+    pub(super) fn retire(&mut self) {
+        let id = self.lifelines.id();
+        // A hold that is still there may be kept by a child; whoever finds all of them dead clears it away.
+        if let Ok(false) = self.transaction(|transaction| transaction.has_holds(id)) {
+            self.lifelines.bury(id);
+        }
+        self.leave();
+    }
+
+    /// Removes the lifelines of the dead that hold nothing.
+    pub(super) fn sweep(&mut self) -> Result<()> {
+        let swept = self.transaction(|transaction| {
+            let lifelines = transaction.lifelines;
+            lifelines.sweep(|id| transaction.has_holds(id))
+        });
+        self.leave();
+        swept
+    }
+}
+
+impl Transaction<'_> {
+    pub(super) fn has_holds(&self, id: LifelineId) -> Result<bool> {
+        self.connection
+            .prepare_cached("SELECT EXISTS(SELECT 1 FROM locks WHERE lifeline = ?1)")
+            .and_then(|mut statement| statement.query_row([id.as_bytes()], |row| row.get(0)))
+            .map_err(|e| failure("look for holds", e))
+    }
+
+    /// One step of cleaning up, from the name `after` on; says where the next one begins.
+    ///
+    /// A token is at least the wall clock of its grant in microseconds, so it tells its own age, and a token made anew
+    /// after it was forgotten is larger.
+    fn tidy(&self, after: &[u8], oldest: i64) -> Result<Vec<u8>> {
+        let step = || {
+            let last: Option<Vec<u8>> = self
+                .connection
+                .prepare_cached(
+                    "SELECT name FROM (SELECT name FROM locks WHERE name > ?1 ORDER BY name LIMIT ?2) \
+                     ORDER BY name DESC LIMIT 1",
+                )?
+                .query_row((after, TIDY_STEP), |row| row.get(0))
+                .optional()?;
+            if let Some(last) = &last {
+                self.connection
+                    .prepare_cached(
+                        "DELETE FROM locks WHERE name > ?1 AND name <= ?2 AND token < ?3 \
+                         AND (claim IS NULL OR boot <> ?4 OR expires <= ?5)",
+                    )?
+                    .execute((after, last, oldest, self.boot.id(), self.now))?;
+            }
+            self.connection
+                .prepare_cached(
+                    "DELETE FROM withdrawn WHERE claim IN \
+                     (SELECT claim FROM withdrawn WHERE boot <> ?1 OR until <= ?2 LIMIT ?3)",
+                )?
+                .execute((self.boot.id(), self.now, TIDY_STEP))?;
+            Ok(last.unwrap_or_default())
+        };
+        step().map_err(|e| failure("clean up", e))
+    }
+}
+
+fn execute(connection: &Connection, sql: &str) -> Result<()> {
+    connection
+        .prepare_cached(sql)
+        .and_then(|mut statement| statement.execute([]))
+        .map(drop)
+        .map_err(|e| failure("run a transaction", e))
+}
+
+/// An error of SQLite as the caller should take it.
+pub(super) fn failure(doing: &str, source: rusqlite::Error) -> Error {
+    use ErrorKind::{Rejected, Unavailable, Unknown};
+    let (kind, advice) = match source.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            (Unavailable, "another program has the lock database open and locked")
+        }
+        Some(ErrorCode::OutOfMemory) => (Unavailable, "the machine is out of memory"),
+        Some(ErrorCode::DiskFull) => (Rejected, "the disk is full: free some space"),
+        Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied | ErrorCode::CannotOpen) => {
+            (Rejected, "the database, its folder and the files beside it must be writable")
+        }
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => (
+            Rejected,
+            "the file is damaged or no database: stop the programs that use it, move it away with the files beside it, \
+             and a new one is made",
+        ),
+        Some(ErrorCode::SystemIoFailure) => (Unknown, "the disk or file system failed: see the system's log"),
+        _ => (Rejected, "this is a fault of Leasehold or of the file"),
+    };
+    Error::new(kind, format!("the lock database failed to {doing}")).caused_by(source).advise(advice)
+}

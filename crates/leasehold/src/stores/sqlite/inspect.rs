@@ -1,0 +1,125 @@
+//! Looking: who holds what, for people and tools. Passes no gate and holds nobody up.
+
+use std::collections::HashMap;
+
+use rusqlite::{OptionalExtension, Params};
+
+use super::database::{Database, failure};
+use super::lifeline::LifelineId;
+use super::verbs::{LOCK_COLUMNS, Lock, holder_of};
+use crate::error::Result;
+use crate::types::{Holder, LockView, Name, Page, Query};
+
+/// Rows read at a time; most of them may be of locks that are free by now.
+const CHUNK: usize = 256;
+
+/// Answers a query about the locks of `database`.
+pub(super) fn inspect(database: &Database, query: &Query) -> Result<Page<LockView>> {
+    database.verify()?;
+    let mut look = Look { database, dead: HashMap::new() };
+    match query {
+        Query::One(name) => Ok(Page { items: vec![look.one(name)?], next: None }),
+        Query::Prefix { prefix, after, limit } => look.list(prefix, after.as_ref(), *limit),
+    }
+    .map_err(|e: crate::error::Error| e.on_store(&database.location))
+}
+
+struct Look<'a> {
+    database: &'a Database,
+    /// Lifelines looked at already: a process with a thousand locks is asked once.
+    dead: HashMap<LifelineId, bool>,
+}
+
+impl Look<'_> {
+    fn one(&mut self, name: &Name) -> Result<LockView> {
+        let sql = format!("SELECT {LOCK_COLUMNS} FROM locks WHERE name = ?1");
+        let lock = self
+            .database
+            .connection
+            .prepare_cached(&sql)
+            .and_then(|mut statement| statement.query_row([name.as_bytes()], Lock::read).optional())
+            .map_err(|e| failure("look a lock up", e))?;
+        let mut view = LockView::free(name.clone());
+        if let Some(lock) = lock {
+            view.holder = self.holder(&lock);
+            view.last_token = Some(lock.token);
+        }
+        Ok(view)
+    }
+
+    fn list(&mut self, prefix: &[u8], after: Option<&Name>, limit: usize) -> Result<Page<LockView>> {
+        let mut after = after.map(|name| name.as_bytes().to_vec()).unwrap_or_default();
+        let limit = limit.max(1);
+        let mut items: Vec<LockView> = Vec::new();
+        loop {
+            let rows = self.chunk(prefix, &after)?;
+            let at_end = rows.len() < CHUNK;
+            if let Some(last) = rows.last() {
+                after.clone_from(&last.name);
+            }
+            for lock in rows {
+                let Some(holder) = self.holder(&lock) else { continue };
+                if items.len() >= limit {
+                    let next = items.last().map(|view| view.name.clone());
+                    return Ok(Page { items, next });
+                }
+                // A row with a name that is none is nobody's of ours.
+                let Ok(name) = Name::new(&lock.name) else { continue };
+                let mut view = LockView::free(name);
+                (view.holder, view.last_token) = (Some(holder), Some(lock.token));
+                items.push(view);
+            }
+            if at_end {
+                return Ok(Page { items, next: None });
+            }
+        }
+    }
+
+    /// The next rows with a hold whose names begin with `prefix` and come after `after`.
+    fn chunk(&self, prefix: &[u8], after: &[u8]) -> Result<Vec<Lock>> {
+        match successor(prefix) {
+            Some(end) => self.read("AND name < ?3", (prefix, after, end)),
+            None => self.read("", (prefix, after)),
+        }
+    }
+
+    fn read(&self, bound: &str, values: impl Params) -> Result<Vec<Lock>> {
+        let sql = format!(
+            "SELECT {LOCK_COLUMNS} FROM locks WHERE name >= ?1 AND name > ?2 {bound} AND claim IS NOT NULL \
+             ORDER BY name LIMIT {CHUNK}"
+        );
+        self.database
+            .connection
+            .prepare_cached(&sql)
+            .and_then(|mut statement| statement.query_map(values, Lock::read)?.collect())
+            .map_err(|e| failure("list locks", e))
+    }
+
+    fn holder(&mut self, lock: &Lock) -> Option<Holder> {
+        let Database { boot, lifelines, .. } = self.database;
+        holder_of(lock, boot.id(), boot.now(), |id| {
+            *self.dead.entry(id).or_insert_with(|| lifelines.is_dead(id))
+        })
+    }
+}
+
+/// The first bytes after all that begin with `prefix`; `None` if nothing comes after them.
+fn successor(prefix: &[u8]) -> Option<Vec<u8>> {
+    let last = prefix.iter().rposition(|byte| *byte != u8::MAX)?;
+    let mut end = prefix[..=last].to_vec();
+    end[last] += 1;
+    Some(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_successor_of_a_prefix_bounds_it() {
+        assert_eq!(successor(b"ab"), Some(b"ac".to_vec()));
+        assert_eq!(successor(b"a\xff\xff"), Some(b"b".to_vec()));
+        assert_eq!(successor(b"\xff"), None);
+        assert_eq!(successor(b""), None);
+    }
+}

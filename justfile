@@ -1,0 +1,31 @@
+# `just` lists what there is. `just verify` is what CI runs.
+
+_list:
+    @just --list --unsorted
+
+# Format, lints and docs: everything that needs no server.
+check:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --all-features -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features
+
+# Formats, and mends what clippy can mend.
+fix:
+    cargo clippy --workspace --all-targets --all-features --fix --allow-dirty --allow-staged
+    cargo fmt --all
+
+# All tests, or those whose names hold a word: `just test wakes`.
+test *FILTER:
+    cargo test --workspace --all-features --no-fail-fast -- {{FILTER}}
+
+# The store contract, on every store or on one: `just conformance redis`.
+conformance STORE="":
+    cargo test --package leasehold --all-features --test 'conformance*' -- {{STORE}}
+
+# What we measure, as ratios within one run.
+bench *ARGS:
+    cargo bench --workspace {{ARGS}}
+
+# Everything, after installing what it needs.
+verify:
+    scripts/test
