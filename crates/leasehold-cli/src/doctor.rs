@@ -6,18 +6,18 @@ use leasehold::{Finding, Result, Severity};
 
 use crate::args::DoctorArgs;
 use crate::exit;
-use crate::view::{BAD, DIM, GOOD, HEADING, WARN, escaped, styled};
+use crate::view::{BAD, DIM, GOOD, HEADING, WARN, escaped, json_lines, styled};
 
 /// What to print, and the exit code.
 pub(crate) async fn run(store: &str, args: &DoctorArgs) -> Result<(String, u8)> {
     let findings = leasehold::diagnose(store).await;
     let broken = findings.iter().any(|finding| finding.severity == Severity::Failure);
-    let text = if args.json { as_json(&findings) } else { for_people(&findings) };
+    let text = if args.json {
+        json_lines(findings.iter().map(|finding| serde_json::json!(finding)))
+    } else {
+        for_people(&findings)
+    };
     Ok((text, if broken { exit::UNHEALTHY } else { 0 }))
-}
-
-fn as_json(findings: &[Finding]) -> String {
-    findings.iter().map(|finding| format!("{}\n", serde_json::json!(finding))).collect()
 }
 
 /// The worst first, each group under a heading of its own.

@@ -23,7 +23,7 @@ pub(crate) async fn run(store: &str, args: &LsArgs) -> Result<(String, u8)> {
         }
     }
     let text = if args.json {
-        found.iter().map(|view| format!("{}\n", view::lock_json(view))).collect()
+        view::json_lines(found.iter().map(view::lock_json))
     } else if found.is_empty() {
         format!("{}\n", styled(DIM, "no locks are held"))
     } else {

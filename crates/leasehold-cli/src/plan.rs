@@ -134,7 +134,8 @@ impl RunPlan {
 /// A duration as people write it, to the millisecond.
 pub(crate) fn human(span: Duration) -> String {
     let millis = Duration::from_millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX));
-    let rounded = if span >= Duration::from_mins(1) { Duration::from_secs(millis.as_secs()) } else { millis };
+    let rounded =
+        if span >= Duration::from_secs(60) { Duration::from_secs(millis.as_secs()) } else { millis };
     humantime::format_duration(rounded).to_string()
 }
 

@@ -258,7 +258,7 @@ impl Run<'_> {
                 outcome.lost |= answer != Released::Released;
             }
             Err(error) => {
-                self.reporter.note(&format!("the lock ends by itself, it could not be released: {error}"))
+                self.reporter.note(&format!("the lock ends by itself, it could not be released: {error}"));
             }
         }
         if outcome.lost { exit::LOST } else { code }

@@ -13,7 +13,7 @@ pub(crate) async fn run(store: &str, args: &ShowArgs) -> Result<(String, u8)> {
     let name = leasehold::Name::new(args.name.as_encoded_bytes())?;
     let locks = leasehold::connect(store).await?;
     let view = locks.show(name.as_bytes()).await?;
-    let text = if args.json { format!("{}\n", view::lock_json(&view)) } else { describe(&view) };
+    let text = if args.json { view::json_lines([view::lock_json(&view)]) } else { describe(&view) };
     Ok((text, 0))
 }
 

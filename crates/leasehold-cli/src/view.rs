@@ -46,6 +46,14 @@ pub(crate) fn lock_json(view: &LockView) -> Value {
     object
 }
 
+/// One object a line.
+pub(crate) fn json_lines(objects: impl IntoIterator<Item = Value>) -> String {
+    objects.into_iter().fold(String::new(), |mut text, object| {
+        let _ = writeln!(text, "{object}");
+        text
+    })
+}
+
 /// A holder as JSON.
 pub(crate) fn holder_json(holder: &Holder) -> Value {
     let record = holder.record.clone().unwrap_or_default();

@@ -125,7 +125,7 @@ fn children_of(pid: i32) -> Vec<i32> {
     for thread in threads.flatten() {
         match fs::read_to_string(thread.path().join("children")) {
             Ok(list) => {
-                children.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()))
+                children.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
             }
             // Either the thread is gone, or the kernel was built without these lists.
             Err(_) if thread.path().exists() => return children_by_search(pid),

@@ -2,24 +2,23 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use super::family::Family;
 use super::guardian::{Orders, ended};
-use super::wire::{self, Ended, Heard, Message};
+use super::wire::{self, Ended, Line, Message};
 
 /// A command that runs under a guardian.
 #[derive(Debug)]
 pub(crate) struct Guarded {
     guardian: Child,
-    control: AsyncFd<OwnedFd>,
+    control: Line,
     family: Family,
     main: Option<i32>,
 }
@@ -48,29 +47,22 @@ impl Guarded {
         let nowhere = File::options().read(true).write(true).open("/dev/null")?;
         rustix::stdio::dup2_stdin(&nowhere)?;
         rustix::stdio::dup2_stdout(&nowhere)?;
-        let control = AsyncFd::with_interest(here, Interest::READABLE)?;
+        let control = Line::new(here)?;
         Ok(Self { guardian, control, family, main: None })
     }
 
     /// Says something to the guardian.
     pub(crate) fn tell(&self, message: Message) {
-        wire::tell(&self.control, message);
+        self.control.tell(message);
     }
 
     /// What the guardian says next; `None` once it is dead. Nothing is lost if it is dropped.
     pub(crate) async fn next(&mut self) -> Option<Message> {
-        loop {
-            match wire::hear(&self.control) {
-                Heard::Message(message) => {
-                    if let Message::Started(pid) = message {
-                        self.main = i32::try_from(pid).ok();
-                    }
-                    return Some(message);
-                }
-                Heard::Gone => return None,
-                Heard::Nothing => self.control.readable().await.ok()?.clear_ready(),
-            }
+        let said = poll_fn(|context| self.control.poll(context)).await?;
+        if let Message::Started(pid) = said {
+            self.main = i32::try_from(pid).ok();
         }
+        Some(said)
     }
 
     /// Reaps a guardian that has said its last word.

@@ -6,11 +6,9 @@ use std::os::fd::OwnedFd;
 use std::str::FromStr;
 use std::task::Poll;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::wire::{self, Heard, Message};
+use super::wire::{Line, Message};
 
 /// The signals that are passed on. The others end this process, and the guardian then stops the command.
 pub(crate) const PASSED_ON: [nix::sys::signal::Signal; 8] = {
@@ -37,7 +35,7 @@ pub(crate) enum Outside {
 #[derive(Debug)]
 pub(crate) struct Signals {
     streams: Vec<(i32, Signal)>,
-    front: Option<AsyncFd<OwnedFd>>,
+    front: Option<Line>,
 }
 
 impl Signals {
@@ -50,7 +48,7 @@ impl Signals {
         for number in wanted.filter(|number| ignored >> (number - 1) & 1 == 0) {
             streams.push((number, signal(SignalKind::from_raw(number))?));
         }
-        let front = front.map(|socket| AsyncFd::with_interest(socket, Interest::READABLE)).transpose()?;
+        let front = front.map(Line::new).transpose()?;
         Ok(Self { streams, front })
     }
 
@@ -63,14 +61,13 @@ impl Signals {
                 }
             }
             let Some(front) = &self.front else { return Poll::Pending };
-            while let Poll::Ready(Ok(mut ready)) = front.poll_read_ready(context) {
-                match wire::hear(front) {
-                    Heard::Message(Message::Signal(number, from_terminal)) => {
+            while let Poll::Ready(said) = front.poll(context) {
+                match said {
+                    Some(Message::Signal(number, from_terminal)) => {
                         return Poll::Ready(Outside::Signal(number, from_terminal));
                     }
-                    Heard::Message(_) => {}
-                    Heard::Nothing => ready.clear_ready(),
-                    Heard::Gone => {
+                    Some(_) => {}
+                    None => {
                         self.front = None;
                         return Poll::Ready(Outside::FrontGone);
                     }

@@ -3,9 +3,10 @@
 //! The socket is the standard input of the process started with it: that is the one inherited descriptor which safe
 //! code can take up. The real standard input travels over it.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use leasehold::clock::Instant;
@@ -14,6 +15,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg, socketpair,
 };
+use tokio::net::UnixDatagram;
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +156,44 @@ pub(crate) fn hear(socket: impl AsFd) -> Heard {
             Err(Errno::AGAIN) => Heard::Nothing,
             Err(_) => Heard::Gone,
         };
+    }
+}
+
+/// An end of a connection, for tasks that wait for other things too.
+#[derive(Debug)]
+pub(crate) struct Line(UnixDatagram);
+
+impl Line {
+    /// Takes an end of a [`pair`].
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
+        // To the library it is a socket that keeps message boundaries; that this one also has an end it need not know.
+        let socket = std::os::unix::net::UnixDatagram::from(socket);
+        socket.set_nonblocking(true)?;
+        Ok(Self(UnixDatagram::from_std(socket)?))
+    }
+
+    /// As [`tell`].
+    pub(crate) fn tell(&self, message: Message) {
+        tell(&self.0, message);
+    }
+
+    /// The next message; `None` once the other side is gone.
+    pub(crate) fn poll(&self, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        let mut bytes = [0; WORDS * 8];
+        loop {
+            ready!(self.0.poll_recv_ready(context)).ok();
+            match self.0.try_recv(&mut bytes) {
+                Ok(0) => return Poll::Ready(None),
+                Ok(length) => {
+                    if let Some(message) = Message::decode(&bytes[..length]) {
+                        return Poll::Ready(Some(message));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Poll::Ready(None),
+            }
+        }
     }
 }
 
