@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use common::{Server, openssl, store};
 use leasehold::clock;
-use leasehold::error::{Error, ErrorKind};
 use leasehold::store::Store;
 use leasehold::stores::redis::{FENCED_SET, RedisConfig, RedisStore};
-use leasehold::types::{
+use leasehold::{
     Acquired, Claim, FencingToken, Finding, Grant, Held, Name, Query, Released, Renewal, Severity,
 };
+use leasehold::{Error, ErrorKind};
 use pollster::block_on;
 
 const TTL: Duration = Duration::from_secs(30);

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use leasehold::clock;
-use leasehold::error::{Error, ErrorKind};
 use leasehold::store::Store;
 use leasehold::stores::sqlite::{Options, SqliteStore, default_path};
-use leasehold::types::{Acquired, Binding, Claim, Held, Name, Query, Released, Severity};
+use leasehold::{Acquired, Binding, Claim, Held, Name, Query, Released, Severity};
+use leasehold::{Error, ErrorKind};
 use pollster::block_on;
 use tempfile::TempDir;
 

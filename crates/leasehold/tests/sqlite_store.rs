@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
+use leasehold::ErrorKind;
 use leasehold::clock;
-use leasehold::error::ErrorKind;
 use leasehold::store::Store;
 use leasehold::stores::sqlite::{Options, SqliteStore};
-use leasehold::types::{
+use leasehold::{
     Acquired, Binding, Claim, Fencing, FencingToken, Grant, Held, Holder, LockView, Name, Query, Record,
     Released, Renewal, Ticket,
 };
