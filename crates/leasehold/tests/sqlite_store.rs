@@ -1,5 +1,7 @@
 //! The embedded store within one process: the verbs, and what is kept of them.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};

@@ -59,7 +59,7 @@ pub(super) fn open(path: &Path, options: &Options) -> Result<Database> {
     let located = |e: Error| e.on_store(&location);
 
     let connection = connect(&path).map_err(located)?;
-    recognise(&connection).map_err(located)?;
+    recognise_at_once(&connection).map_err(located)?;
     let found = fs::metadata(&path).map_err(|e| located(lost(e)))?;
     let gate = files::open_private(&files::beside(&path, "-gate"), &found)?;
     gate.lock().map_err(|e| located(lost(e)))?;
@@ -87,6 +87,14 @@ fn connect(path: &Path) -> Result<Connection> {
 
 fn pragma(connection: &Connection, name: &str) -> Result<i64> {
     connection.pragma_query_value(None, name, |row| row.get(0)).map_err(|e| failure("be read", e))
+}
+
+/// Fails unless the file is a database of ours or empty, seen at one moment: another process may be making it just now.
+fn recognise_at_once(connection: &Connection) -> Result<()> {
+    connection.execute_batch("BEGIN").map_err(|e| failure("be read", e))?;
+    let recognised = recognise(connection);
+    connection.execute_batch("ROLLBACK").map_err(|e| failure("be read", e))?;
+    recognised.map(drop)
 }
 
 /// Whether the file is a database of ours (true) or an empty one (false). Anything else is an error. Writes nothing.

@@ -16,8 +16,9 @@ const TURN: usize = 32;
 /// How long a store that is dropped waits for its files to be put in order.
 const FAREWELL: Duration = Duration::from_millis(100);
 
-/// A request; it finds out itself whether anybody still waits for its answer.
-type Job = Box<dyn FnOnce(&mut Database) + Send>;
+/// A request; it finds out itself whether anybody still waits for its answer, and gives back how to answer.
+type Job = Box<dyn FnOnce(&mut Database) -> Option<Answer> + Send>;
+type Answer = Box<dyn FnOnce() + Send>;
 
 /// The handle of the thread. Dropping it lets the thread finish what was asked and end.
 #[derive(Debug)]
@@ -63,9 +64,7 @@ impl Worker {
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         self.send(Box::new(move |database| {
-            if !reply.is_closed() {
-                let _ = reply.send(work(database));
-            }
+            (!reply.is_closed()).then(|| answer_with(reply, work(database)))
         }))?;
         answer.await.map_err(|_| ended_early())
     }
@@ -81,14 +80,12 @@ impl Worker {
         let (reply, answer) = oneshot::channel();
         self.send(Box::new(move |database| {
             if reply.is_closed() {
-                return;
+                return None;
             }
             let entered = database.enter();
             // The wait for the turn may have been long.
-            if !reply.is_closed() {
-                // If the caller goes while it is done, that is unknown to the caller, as the contract says.
-                let _ = reply.send(entered.and_then(|()| database.transaction(work)));
-            }
+            (!reply.is_closed())
+                .then(|| answer_with(reply, entered.and_then(|()| database.transaction(work))))
         }))?;
         answer.await.unwrap_or_else(|_| Err(ended_early()))
     }
@@ -105,14 +102,22 @@ fn ended_early() -> Error {
     Error::new(ErrorKind::Unknown, "the thread of the lock database ended in the middle of a request")
 }
 
+fn answer_with<T: Send + 'static>(reply: oneshot::Sender<T>, outcome: T) -> Answer {
+    Box::new(move || {
+        // A caller that went while it was done does not know the outcome, as the contract says.
+        let _ = reply.send(outcome);
+    })
+}
+
 /// Serves requests until every handle is gone, some of them in each turn at the gate.
 fn serve(database: &mut Database, inbox: &Receiver<Job>) {
+    let mut answers = Vec::with_capacity(TURN);
     while let Ok(first) = inbox.recv() {
-        first(database);
-        for job in inbox.try_iter().take(TURN - 1) {
-            job(database);
-        }
+        let others = inbox.try_iter().take(TURN - 1);
+        answers.extend(std::iter::once(first).chain(others).filter_map(|job| job(database)));
         database.leave();
+        // Only now: a process that is stopped as soon as it has its answer must not be stopped at the gate.
+        answers.drain(..).for_each(|answer| answer());
     }
 }
 
