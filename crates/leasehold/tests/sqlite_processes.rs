@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
+use leasehold::Error;
 use leasehold::clock;
-use leasehold::error::Error;
 use leasehold::store::Store;
 use leasehold::stores::sqlite::{Options, SqliteStore};
-use leasehold::types::{Acquired, Claim, FencingToken, Grant, Held, Name, Query, Released};
+use leasehold::{Acquired, Claim, FencingToken, Grant, Held, Name, Query, Released};
 use pollster::block_on;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
