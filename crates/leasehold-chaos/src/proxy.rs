@@ -381,7 +381,6 @@ fn forward_requests(shared: &Shared, id: u64, mut client: TcpStream, server: &Tc
             Ok(0) | Err(_) => return,
             Ok(read) => buffer.extend_from_slice(&chunk[..read]),
         }
-        shared.block_while(|state| state.frozen);
         let mut first_of_chunk = true;
         while let Some((args, length)) = parse_command(&buffer) {
             let request: Vec<u8> = buffer.drain(..length).collect();
@@ -396,6 +395,7 @@ fn forward_requests(shared: &Shared, id: u64, mut client: TcpStream, server: &Tc
                 }
                 _ => {}
             }
+            shared.block_while(|state| state.frozen);
             if { server }.write_all(&request).is_err() {
                 return;
             }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use leasehold::clock;
 use leasehold::store::Store;
 use leasehold::stores::sqlite::{Options, SqliteStore};
-use leasehold::types::{Acquired, Claim, Held, Name, Released};
+use leasehold::{Acquired, Claim, Held, Name, Released};
 
 const SPAN: Duration = Duration::from_secs(2);
 const PROCESSES: usize = 8;

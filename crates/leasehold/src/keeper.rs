@@ -515,11 +515,9 @@ impl Keeper {
     /// Posts its release.
     pub(crate) fn drop_lock(&self, cell: &Cell) {
         self.stop(cell);
-        let lost_for_good = {
-            let mut state = lock(&cell.state);
-            state.lease.loss(clock::now()) == Some(Loss::Removed)
-        };
-        if !lost_for_good {
+        // Nothing of it is left to free, unless a request of it is still under way: that one must be forbidden.
+        let gone = lock(&cell.state).lease.loss(clock::now()) == Some(Loss::Removed);
+        if !gone || cell.held.suspect {
             self.post_release(cell.held.clone(), release_deadline(cell));
         }
     }

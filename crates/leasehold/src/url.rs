@@ -141,9 +141,10 @@ impl Place {
                 RedisConfig::from_url(url).map(|config| Self::Redis(Box::new(config)))
             }
             #[cfg(not(all(feature = "redis", feature = "sqlite")))]
-            "sqlite" | "redis" | "rediss" | "valkey" | "valkeys" => {
-                Err(Error::new(ErrorKind::Unsupported, format!("this build was made without the {scheme}: store")))
-            }
+            "sqlite" | "redis" | "rediss" | "valkey" | "valkeys" => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("this build was made without the {scheme}: store"),
+            )),
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
                 .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite: and memory:")),
         }

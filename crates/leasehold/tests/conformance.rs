@@ -6,6 +6,9 @@ use leasehold::Locks;
 use leasehold::conformance::CLAUSES;
 use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
+use leasehold::stores::redis::{RedisConfig, RedisStore};
+use leasehold::stores::sqlite::{Options, SqliteStore};
+use leasehold_chaos::servers::RedisServer;
 
 /// One test for each clause; the list is compared with `CLAUSES` below.
 macro_rules! suite {
@@ -42,7 +45,23 @@ async fn memory() -> ((), Arc<dyn Store>) {
     ((), Arc::new(MemoryStore::new()))
 }
 
+async fn redis() -> (RedisServer, Arc<dyn Store>) {
+    let server = RedisServer::start();
+    let config = RedisConfig::from_url(&server.url()).expect("a URL of ours");
+    let store = RedisStore::connect(config, tokio::runtime::Handle::current()).await.expect("it runs");
+    (server, store)
+}
+
+#[expect(clippy::unused_async, reason = "every store is made in the same way")]
+async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = SqliteStore::open(&folder.path().join("locks.db"), &Options::default()).expect("it opens");
+    (folder, Arc::new(store))
+}
+
 suite!(memory, memory());
+suite!(redis, redis());
+suite!(sqlite, sqlite());
 
 #[test]
 fn every_clause_of_the_contract_has_a_check() {

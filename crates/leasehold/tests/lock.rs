@@ -293,11 +293,21 @@ async fn dropping_any_future_at_any_await_leaves_nothing() {
         ("try_lock", |m| Box::pin(async move { drop(m.try_lock().await.unwrap()) })),
         ("lock_for", |m| Box::pin(async move { drop(m.lock_for(ms(500)).await.unwrap()) })),
         ("run", |m| Box::pin(async move { m.run(async |_| tokio::task::yield_now().await).await.unwrap() })),
-        ("unlock", |m| Box::pin(async move { drop(m.lock().await.unwrap().unlock().await.unwrap()) })),
-        ("extend", |m| {
-            Box::pin(async move { drop(m.lock().await.unwrap().extend(ms(90_000)).await.unwrap()) })
+        ("unlock", |m| {
+            Box::pin(async move {
+                let _ = m.lock().await.unwrap().unlock().await.unwrap();
+            })
         }),
-        ("ttl", |m| Box::pin(async move { drop(m.lock().await.unwrap().ttl().await.unwrap()) })),
+        ("extend", |m| {
+            Box::pin(async move {
+                let _ = m.lock().await.unwrap().extend(ms(90_000)).await.unwrap();
+            })
+        }),
+        ("ttl", |m| {
+            Box::pin(async move {
+                let _ = m.lock().await.unwrap().ttl().await.unwrap();
+            })
+        }),
         ("lost", |m| {
             Box::pin(async move {
                 let _ = m.lock().await.unwrap().lost().await;

@@ -1,5 +1,5 @@
 //! The Redis store against real servers: the clauses of the contract.
-#![allow(clippy::disallowed_methods, reason = "tests")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Server, store};
+use leasehold::ErrorKind;
 use leasehold::clock;
-use leasehold::error::ErrorKind;
 use leasehold::store::Store;
 use leasehold::stores::redis::{RedisStore, key_names};
-use leasehold::types::{
+use leasehold::{
     Acquired, Claim, ClaimId, Fencing, FencingToken, Grant, Held, Holder, Name, Page, Persistence, Query,
     Record, Released, Renewal, Ticket,
 };
