@@ -42,6 +42,11 @@
 //! Futures of this crate need no runtime of yours: connections and renewals live on a thread of Leasehold's own, and
 //! timers are served by another. [`blocking`] has the same names without async.
 
+/// The examples of the README are tests too.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct ReadmeExamples;
+
 pub mod blocking;
 pub mod clock;
 #[cfg(feature = "conformance")]

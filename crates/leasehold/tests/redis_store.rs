@@ -1,5 +1,5 @@
 //! The Redis store against real servers: the clauses of the contract.
-#![allow(clippy::disallowed_methods, reason = "tests")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

@@ -30,12 +30,17 @@ impl Server {
 
     /// Starts one in that folder, until it accepts connections.
     pub fn start_in(folder: &Arc<TempDir>, arguments: &[&str]) -> Self {
+        Self::start_until("eady to accept connections", folder, arguments)
+    }
+
+    /// Starts one in that folder, until its log says so.
+    pub fn start_until(sign: &str, folder: &Arc<TempDir>, arguments: &[&str]) -> Self {
         for _ in 0..5 {
             let port = free_port();
             let mut command = Command::new("redis-server");
             command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"]);
             command.arg(folder.path()).args(arguments);
-            if let Some(child) = start(command) {
+            if let Some(child) = start(command, sign) {
                 return Self { port, folder: folder.clone(), child };
             }
         }
@@ -59,6 +64,13 @@ impl Server {
         self.child.id()
     }
 
+    /// Stops it in its tracks, or lets it go on.
+    pub fn freeze(&self, frozen: bool) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let signal = if frozen { rustix::process::Signal::STOP } else { rustix::process::Signal::CONT };
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// Kills it as a crash would.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
@@ -71,7 +83,8 @@ impl Server {
         let mut command = Command::new("redis-server");
         command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"]);
         command.arg(self.folder.path()).args(arguments);
-        self.child = start(command).expect("redis-server starts again on its port");
+        self.child =
+            start(command, "eady to accept connections").expect("redis-server starts again on its port");
     }
 }
 
@@ -82,8 +95,8 @@ impl Drop for Server {
     }
 }
 
-/// `None` if it ended before it accepted connections.
-fn start(mut command: Command) -> Option<Child> {
+/// `None` if it ended before its log gave the sign.
+fn start(mut command: Command, sign: &str) -> Option<Child> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -92,7 +105,7 @@ fn start(mut command: Command) -> Option<Child> {
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
     let mut log = Vec::new();
     let is_up = lines.by_ref().any(|line| {
-        let is_ready = line.contains("eady to accept connections");
+        let is_ready = line.contains(sign);
         log.push(line);
         is_ready
     });

@@ -11,6 +11,8 @@ use redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionAddr, IntoConnectionInfo, ProtocolVersion, PushInfo,
     PushKind, RedisConnectionInfo, RedisError, TlsCertificates, Value,
 };
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -141,17 +143,35 @@ impl Connector {
     }
 
     async fn dial(&self) -> Result<Arc<Link>> {
-        match self.dial_speaking(ProtocolVersion::RESP3).await? {
-            Ok(link) => Ok(link),
-            Err(error) if error.kind() == redis::ErrorKind::RESP3NotSupported => {
-                self.dial_speaking(ProtocolVersion::RESP2).await?.map_err(|error| self.not_connected(&error))
+        let outcome = match self.dial_speaking(ProtocolVersion::RESP3).await? {
+            Err(error) if reply::is_unknown_hello(&error) => {
+                self.dial_speaking(ProtocolVersion::RESP2).await?
             }
-            Err(error) => Err(self.not_connected(&error)),
+            outcome => outcome,
+        };
+        match outcome {
+            Ok(link) => Ok(link),
+            Err(error) => {
+                let is_cut = error.is_connection_dropped() && !error.is_connection_refusal();
+                let farewell = if is_cut { self.farewell().await } else { None };
+                Err(reply::not_connected(&error, farewell, self.config.username.as_deref())
+                    .on_store(&self.location))
+            }
         }
     }
 
-    fn not_connected(&self, error: &RedisError) -> Error {
-        reply::not_connected(error, self.config.username.as_deref()).on_store(&self.location)
+    /// What the server says to a client that it turns away at the door. Our own first command makes the kernel throw
+    /// those words away, so a second look listens only.
+    async fn farewell(&self) -> Option<String> {
+        let Address::Tcp { host, port, tls: false } = &self.config.address else { return None };
+        let mut words = Vec::new();
+        let deadline = clock::now().plus(Duration::from_millis(200).min(self.timeout() / 4));
+        let _ = clock::timeout_at(deadline, async {
+            TcpStream::connect((host.as_str(), *port)).await?.take(256).read_to_end(&mut words).await
+        })
+        .await;
+        let words = String::from_utf8_lossy(words.strip_prefix(b"-")?).trim_end().to_owned();
+        (!words.is_empty()).then_some(words)
     }
 
     async fn dial_speaking(&self, protocol: ProtocolVersion) -> Result<Result<Arc<Link>, RedisError>> {

@@ -80,14 +80,13 @@ impl Refusal {
             "WRONGTYPE" => return rejected("the lock's key holds another type of value").advise(
                 "Redisson keeps its locks as a hash under the same key: it and Leasehold cannot share a name",
             ),
-            _ if self.is_max_clients() => max_clients(),
+            _ if self.detail.contains("max number of clients") => {
+                return unavailable("the server has as many clients as it allows")
+                    .advise("raise maxclients, or close idle clients");
+            }
             _ => rejected("the server refused the command"),
         };
         error.caused_by(self)
-    }
-
-    fn is_max_clients(&self) -> bool {
-        self.detail.contains("max number of clients")
     }
 }
 
@@ -103,33 +102,37 @@ fn shown_user(user: Option<&str>) -> String {
     Escaped(user.unwrap_or("default").as_bytes()).to_string()
 }
 
-fn max_clients() -> Error {
-    Error::new(ErrorKind::Unavailable, "the server has as many clients as it allows")
-        .advise("raise maxclients, or close idle clients")
+/// Whether the server does not know the newer protocol's greeting.
+pub(super) fn is_unknown_hello(error: &RedisError) -> bool {
+    let detail = error.detail().unwrap_or_default();
+    error.kind() == redis::ErrorKind::RESP3NotSupported
+        || error.code() == Some("NOPROTO")
+        || (detail.starts_with("unknown command") && detail.contains("HELLO"))
 }
 
-/// The error of a dial that failed: nothing was sent on it.
-pub(super) fn not_connected(error: &RedisError, user: Option<&str>) -> Error {
-    let refusal = Refusal {
+/// The error of a dial that failed: nothing was sent on it. `farewell` is what the server said as it closed.
+pub(super) fn not_connected(error: &RedisError, farewell: Option<String>, user: Option<&str>) -> Error {
+    let mut refusal = Refusal {
         code: error.code().unwrap_or_default().into(),
         detail: error.detail().unwrap_or_default().into(),
     };
-    if refusal.is_max_clients() {
-        return max_clients();
+    if let Some(words) = farewell {
+        let (code, detail) = words.split_once(' ').unwrap_or((&words, ""));
+        refusal = Refusal { code: code.into(), detail: detail.into() };
     }
-    if error.kind() == redis::ErrorKind::AuthenticationFailed {
-        return Refusal { code: "WRONGPASS".into(), ..refusal }.into_error(user);
-    }
-    if error.kind() == redis::ErrorKind::InvalidClientConfig {
-        return Error::new(ErrorKind::Invalid, "the server's address or certificates are wrong")
-            .caused_by(error.clone());
-    }
-    if refusal.code.is_empty() {
-        return Error::new(ErrorKind::Unavailable, "could not connect")
+    match error.kind() {
+        redis::ErrorKind::AuthenticationFailed => {
+            Refusal { code: "WRONGPASS".into(), ..refusal }.into_error(user)
+        }
+        redis::ErrorKind::InvalidClientConfig => {
+            Error::new(ErrorKind::Invalid, "the server's address or certificates are wrong")
+                .caused_by(error.clone())
+        }
+        _ if refusal.code.is_empty() => Error::new(ErrorKind::Unavailable, "could not connect")
             .caused_by(error.clone())
-            .advise("is the server running, and is the address right?");
+            .advise("is the server running, and is the address right?"),
+        _ => refusal.into_error(user),
     }
-    refusal.into_error(user)
 }
 
 /// An answer that no version of the scripts gives.

@@ -1,5 +1,6 @@
 //! The open database of one store: its connection, the gate before it, and one transaction per verb.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,12 +13,15 @@ use super::files::Identity;
 use super::lifeline::{LifelineId, Lifelines};
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::types::Name;
 
 /// How long a name's last token is kept after its grant. Older ones are overtaken by the wall clock anyway.
 const TOKEN_RETENTION: Duration = Duration::from_secs(24 * 3600);
 /// How many transactions pass between two steps of cleaning up, and how many rows one step looks at.
-const TIDY_EVERY: u32 = 64;
-const TIDY_STEP: i64 = 32;
+const TIDY_EVERY: u32 = 256;
+const TIDY_STEP: i64 = 128;
+/// The most steps that an opening does to clear the dead away: a millisecond or two.
+const SWEEP_STEPS: usize = 32;
 
 /// What a worker thread works with.
 #[derive(Debug)]
@@ -33,6 +37,10 @@ pub(super) struct Database {
     transactions: u32,
     /// Where the last step of cleaning up stopped.
     tidied_to: Vec<u8>,
+    /// Processes whose holds this round of cleaning up clears, and then their files.
+    doomed: Vec<LifelineId>,
+    /// Locks bound to our own lifeline, as far as we know: while there are none its file can go.
+    bound: HashSet<Name>,
 }
 
 /// What a verb sees inside its transaction.
@@ -43,8 +51,8 @@ pub(super) struct Transaction<'a> {
     pub(super) lifelines: &'a Lifelines,
     /// Microseconds of the boot-time clock when it began.
     pub(super) now: i64,
-    /// Processes found dead, whose holds it removed.
-    pub(super) dead: Vec<LifelineId>,
+    /// Locks bound to our own lifeline.
+    pub(super) bound: &'a mut HashSet<Name>,
 }
 
 impl Database {
@@ -69,6 +77,8 @@ impl Database {
             entered: false,
             transactions: 0,
             tidied_to: Vec::new(),
+            doomed: Vec::new(),
+            bound: HashSet::new(),
         }
     }
 
@@ -81,7 +91,7 @@ impl Database {
     ///
     /// SQLite's own lock is a race of sleepers that one of eight processes can lose for seconds; the kernel hands a file
     /// lock on to who waits.
-    fn enter(&mut self) -> Result<()> {
+    pub(super) fn enter(&mut self) -> Result<()> {
         if self.entered {
             return Ok(());
         }
@@ -91,7 +101,7 @@ impl Database {
                 .on_store(&self.location)
         })?;
         self.entered = true;
-        self.verify()
+        Ok(())
     }
 
     /// Ends this process's turn, if it has it.
@@ -115,6 +125,7 @@ impl Database {
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T>,
     ) -> Result<T> {
         self.enter()?;
+        self.verify()?;
         self.transactions += 1;
         execute(&self.connection, "BEGIN IMMEDIATE").map_err(|e| e.on_store(&self.location))?;
         let mut transaction = Transaction {
@@ -122,65 +133,68 @@ impl Database {
             boot: &self.boot,
             lifelines: &self.lifelines,
             now: self.boot.now(),
-            dead: Vec::new(),
+            bound: &mut self.bound,
         };
         let done = work(&mut transaction);
-        let dead = transaction.dead;
         let done = done.and_then(|out| execute(&self.connection, "COMMIT").map(|()| out));
         if done.is_err() && !self.connection.is_autocommit() {
             // If this fails too the next BEGIN says so.
             let _ = execute(&self.connection, "ROLLBACK");
         }
-        if done.is_ok() {
-            for id in dead {
-                self.lifelines.bury(id);
-            }
-        }
         done.map_err(|e| e.on_store(&self.location))
     }
 
-    /// Forgets a few old tokens and tombstones.
+    /// One step of a round through all names: forgets old tokens and tombstones, and clears the dead away.
+    ///
+    /// The dead are looked for at the beginning of a round only, so that at its end no row of theirs is left.
     fn tidy(&mut self) -> Result<()> {
         let after = std::mem::take(&mut self.tidied_to);
+        if after.is_empty() {
+            self.doomed = self.lifelines.dead();
+        }
+        let doomed = std::mem::take(&mut self.doomed);
         let oldest = micros(clock::wall().saturating_sub(TOKEN_RETENTION));
-        self.tidied_to = self.transaction(|transaction| transaction.tidy(&after, oldest))?;
+        // If it fails, the round ends here and buries nobody.
+        self.tidied_to = self.transaction(|transaction| transaction.tidy(&after, oldest, &doomed))?;
+        if self.tidied_to.is_empty() {
+            for id in doomed {
+                self.lifelines.bury(id);
+            }
+        } else {
+            self.doomed = doomed;
+        }
         Ok(())
+    }
+
+    /// Clears the dead away, as far as some steps go; the rest is done between requests. For the opening.
+    pub(super) fn sweep(&mut self) {
+        if self.enter().is_err() {
+            // The first request meets the same error and reports it.
+            return;
+        }
+        for _ in 0..SWEEP_STEPS {
+            if self.tidy().is_err() || self.doomed.is_empty() {
+                break;
+            }
+        }
+        self.leave();
     }
 
     /// Leaves nothing behind that can be cleared away: called at the end of the store.
     pub(super) fn retire(&mut self) {
-        let id = self.lifelines.id();
-        // A hold that is still there may be kept by a child; whoever finds all of them dead clears it away.
-        if let Ok(false) = self.transaction(|transaction| transaction.has_holds(id)) {
-            self.lifelines.bury(id);
+        // What is bound to it may be kept by a child; whoever finds all of them dead clears it away.
+        if self.bound.is_empty() {
+            self.lifelines.bury(self.lifelines.id());
         }
-        self.leave();
-    }
-
-    /// Removes the lifelines of the dead that hold nothing.
-    pub(super) fn sweep(&mut self) -> Result<()> {
-        let swept = self.transaction(|transaction| {
-            let lifelines = transaction.lifelines;
-            lifelines.sweep(|id| transaction.has_holds(id))
-        });
-        self.leave();
-        swept
     }
 }
 
 impl Transaction<'_> {
-    pub(super) fn has_holds(&self, id: LifelineId) -> Result<bool> {
-        self.connection
-            .prepare_cached("SELECT EXISTS(SELECT 1 FROM locks WHERE lifeline = ?1)")
-            .and_then(|mut statement| statement.query_row([id.as_bytes()], |row| row.get(0)))
-            .map_err(|e| failure("look for holds", e))
-    }
-
     /// One step of cleaning up, from the name `after` on; says where the next one begins.
     ///
     /// A token is at least the wall clock of its grant in microseconds, so it tells its own age, and a token made anew
     /// after it was forgotten is larger.
-    fn tidy(&self, after: &[u8], oldest: i64) -> Result<Vec<u8>> {
+    fn tidy(&self, after: &[u8], oldest: i64, doomed: &[LifelineId]) -> Result<Vec<u8>> {
         let step = || {
             let last: Option<Vec<u8>> = self
                 .connection
@@ -191,6 +205,14 @@ impl Transaction<'_> {
                 .query_row((after, TIDY_STEP), |row| row.get(0))
                 .optional()?;
             if let Some(last) = &last {
+                for id in doomed {
+                    self.connection
+                        .prepare_cached(
+                            "UPDATE locks SET claim = NULL, lifeline = NULL, record = NULL \
+                             WHERE name > ?1 AND name <= ?2 AND lifeline = ?3",
+                        )?
+                        .execute((after, last, id.as_bytes()))?;
+                }
                 self.connection
                     .prepare_cached(
                         "DELETE FROM locks WHERE name > ?1 AND name <= ?2 AND token < ?3 \

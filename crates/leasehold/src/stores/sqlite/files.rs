@@ -12,6 +12,9 @@ use crate::error::{Error, ErrorKind, Result};
 const PRIVATE_FILE: u32 = 0o600;
 const PRIVATE_FOLDER: u32 = 0o700;
 
+/// No SQLite database that holds anything has fewer bytes.
+const SMALLEST_DATABASE: u64 = 512;
+
 /// File systems on which another machine can write the same file: kernel locks and shared memory do not reach it.
 const NETWORK_FILE_SYSTEMS: &[(u32, &str)] = &[
     (0x6969, "nfs"),
@@ -118,7 +121,7 @@ pub(super) fn resolve(path: &Path, create: bool) -> Result<PathBuf> {
             fs::canonicalize(&path).map_err(|e| unusable(&path, e))
         }
         Err(e) if e.kind() != io::ErrorKind::NotFound || !create => Err(unusable(&path, e)),
-        Err(_) if fs::symlink_metadata(&path).is_ok() => {
+        Err(_) if fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink()) => {
             Err(refused("the lock database is a symbolic link that leads nowhere", &path)
                 .advise("mend or remove the link"))
         }
@@ -132,6 +135,11 @@ fn refuse_non_files(path: &Path, found: &Metadata) -> Result<()> {
     }
     if !found.is_file() {
         return Err(refused("the lock database is no regular file", path).advise("give another path"));
+    }
+    if (1..SMALLEST_DATABASE).contains(&found.len()) {
+        // SQLite would take it for an empty database and write over it.
+        return Err(refused("the file is not a database", path)
+            .advise("it was left as it is: give the path of a file of Leasehold's own"));
     }
     if found.nlink() > 1 {
         // The write-ahead log is found by the name: two names would be two databases in one file.

@@ -6,7 +6,7 @@ use rusqlite::{OptionalExtension, Params};
 
 use super::database::{Database, failure};
 use super::lifeline::LifelineId;
-use super::verbs::{LOCK_COLUMNS, Lock, holder_of};
+use super::verbs::{LOCK_COLUMNS, Lock};
 use crate::error::Result;
 use crate::types::{Holder, LockView, Name, Page, Query};
 
@@ -97,9 +97,9 @@ impl Look<'_> {
 
     fn holder(&mut self, lock: &Lock) -> Option<Holder> {
         let Database { boot, lifelines, .. } = self.database;
-        holder_of(lock, boot.id(), boot.now(), |id| {
-            *self.dead.entry(id).or_insert_with(|| lifelines.is_dead(id))
-        })
+        let now = boot.now();
+        let hold = lock.live(boot, now, |id| *self.dead.entry(id).or_insert_with(|| lifelines.is_dead(id)));
+        hold.map(|hold| hold.show(lock.token, now))
     }
 }
 

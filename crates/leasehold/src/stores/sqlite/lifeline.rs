@@ -13,8 +13,8 @@ use super::files;
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 
-/// How many files of others one opening looks at: cleaning up is shared work, done in small steps.
-const SWEEP_STEP: usize = 64;
+/// How many dead processes are cleared away together: cleaning up is shared work, done in small steps.
+const SWEEP_STEP: usize = 8;
 
 /// The name of a lifeline: 16 random bytes, then the inode number of its file.
 ///
@@ -110,20 +110,15 @@ impl Lifelines {
         let _ = fs::remove_file(self.path(id));
     }
 
-    /// Looks for files of the dead, some of them only; those of which `has_holds` is false are removed.
-    /// Call it with the gate held, so that no file is seen between its making and its locking.
-    pub(super) fn sweep(&self, mut has_holds: impl FnMut(LifelineId) -> Result<bool>) -> Result<()> {
-        let Ok(entries) = fs::read_dir(&self.folder) else { return Ok(()) };
-        for entry in entries.flatten().take(SWEEP_STEP) {
-            let Some(random) = parse_file_name(&entry.file_name().to_string_lossy()) else { continue };
-            let Ok(file) = File::open(entry.path()) else { continue };
-            let Ok(found) = file.metadata() else { continue };
-            let id = LifelineId::new(random, found.ino());
-            if id != self.id && is_free(&file) && !has_holds(id)? {
-                self.bury(id);
-            }
-        }
-        Ok(())
+    /// Files of the dead, a few of them. Call it with the gate held, so that none is seen between its making and its
+    /// locking.
+    pub(super) fn dead(&self) -> Vec<LifelineId> {
+        let Ok(entries) = fs::read_dir(&self.folder) else { return Vec::new() };
+        let known = |entry: fs::DirEntry| {
+            let random = parse_file_name(&entry.file_name().to_string_lossy())?;
+            Some(LifelineId::new(random, entry.metadata().ok()?.ino()))
+        };
+        entries.flatten().filter_map(known).filter(|id| self.is_dead(*id)).take(SWEEP_STEP).collect()
     }
 }
 
@@ -140,7 +135,7 @@ fn parse_file_name(name: &str) -> Option<[u8; 16]> {
     is_ours.then(|| u128::from_str_radix(name, 16).ok().map(u128::to_be_bytes)).flatten()
 }
 
-/// Opens a file only to see whether it can be: for an operator's look.
+/// How many stores have a file beside `database`, for an operator's look.
 pub(super) fn count(database: &Path) -> io::Result<usize> {
     fs::read_dir(files::beside(database, "-live")).map(|entries| entries.flatten().count())
 }
@@ -187,15 +182,15 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_removes_the_dead_that_hold_nothing() {
+    fn the_dead_are_found_among_the_living() {
         let (folder, a, b) = pair();
+        fs::write(folder.path().join("db-live/stranger"), "").unwrap();
+        assert_eq!(b.dead(), [], "the living are not");
+        assert_eq!(count(&folder.path().join("db")).unwrap(), 3);
         let a_id = a.id();
-        b.sweep(|_| Ok(false)).unwrap();
-        assert_eq!(count(&folder.path().join("db")).unwrap(), 2, "the living stay");
         drop(a);
-        b.sweep(|id| Ok(id == a_id)).unwrap();
-        assert!(b.path(a_id).exists(), "a dead one with holds stays");
-        b.sweep(|_| Ok(false)).unwrap();
-        assert!(!b.path(a_id).exists() && b.in_place());
+        assert_eq!(b.dead(), [a_id]);
+        b.bury(a_id);
+        assert!(!b.path(a_id).exists() && b.in_place() && !b.is_dead(a_id));
     }
 }

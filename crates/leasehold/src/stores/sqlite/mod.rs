@@ -117,12 +117,11 @@ impl SqliteStore {
 
     async fn renew_some(&self, held: Vec<Held>) -> Vec<Result<Renewal>> {
         let count = held.len();
-        let done = self.worker.call(move |database| {
-            database.transaction(|transaction| {
-                held.iter().map(|held| transaction.renew(held)).collect::<Result<Vec<_>>>()
-            })
-        });
-        match done.await.and_then(|renewals| renewals) {
+        let done = self
+            .worker
+            .transact(move |transaction| held.iter().map(|held| transaction.renew(held)).collect());
+        let renewals: Result<Vec<Renewal>> = done.await;
+        match renewals {
             Ok(renewals) => renewals.into_iter().map(Ok).collect(),
             Err(error) => vec![Err(error); count],
         }
@@ -146,10 +145,7 @@ impl Store for SqliteStore {
     async fn acquire(&self, claim: &Claim) -> Result<Acquired> {
         self.check_ttl(claim.ttl).map_err(|e| e.for_name(&claim.name))?;
         let asked = claim.clone();
-        self.worker
-            .call(move |database| database.transaction(|transaction| transaction.acquire(&asked)))
-            .await
-            .and_then(|answer| answer)
+        self.worker.transact(move |transaction| transaction.acquire(&asked)).await
     }
 
     async fn woken(&self, _ticket: &Ticket) -> Woken {
@@ -175,10 +171,7 @@ impl Store for SqliteStore {
 
     async fn release(&self, held: &Held) -> Result<Released> {
         let held = held.clone();
-        self.worker
-            .call(move |database| database.transaction(|transaction| transaction.release(&held)))
-            .await
-            .and_then(|answer| answer)
+        self.worker.transact(move |transaction| transaction.release(&held)).await
     }
 
     async fn withdraw(&self, ticket: &Ticket) -> Result<()> {
@@ -190,7 +183,7 @@ impl Store for SqliteStore {
 
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
         let query = query.clone();
-        self.worker.call(move |database| inspect::inspect(database, &query)).await.and_then(|answer| answer)
+        self.worker.look(move |database| inspect::inspect(database, &query)).await?
     }
 
     fn guarantees(&self) -> Guarantees {
@@ -204,14 +197,13 @@ impl Store for SqliteStore {
     async fn diagnose(&self) -> Vec<Finding> {
         let asked = clock::now();
         let deadline = asked.plus(DIAGNOSE_TIMEOUT);
-        let empty = self.worker.call(|database| database.transaction(|_| Ok(())));
+        let empty = self.worker.transact(|_| Ok(()));
         let Some(answer) = clock::timeout_at(deadline, empty).await else {
             return vec![diagnose::round_trip(None)];
         };
         let took = clock::now().since(asked);
-        let mut findings =
-            self.worker.call(|database| diagnose::diagnose(database)).await.unwrap_or_default();
-        findings.push(match answer.and_then(|answer| answer) {
+        let mut findings = self.worker.look(diagnose::diagnose).await.unwrap_or_default();
+        findings.push(match answer {
             Ok(()) => diagnose::round_trip(Some(took)),
             Err(error) => Finding::new(
                 "round trip",

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rusqlite::{OptionalExtension, Row};
 
-use super::boot::micros;
+use super::boot::{Boot, micros};
 use super::database::{Transaction, failure};
 use super::lifeline::LifelineId;
 use crate::clock;
@@ -29,7 +29,7 @@ pub(super) struct Lock {
 
 /// The part of the row that says who has it.
 #[derive(Debug)]
-struct Hold {
+pub(super) struct Hold {
     claim: ClaimId,
     boot: Vec<u8>,
     expires: i64,
@@ -54,6 +54,18 @@ impl Lock {
         };
         Ok(Self { name: row.get(0)?, token: FencingToken::new(row.get::<_, i64>(1)?.cast_unsigned()), hold })
     }
+
+    /// The hold if it still counts: of this boot, not expired, its process not known to be dead.
+    pub(super) fn live(
+        &self,
+        boot: &Boot,
+        now: i64,
+        is_dead: impl FnOnce(LifelineId) -> bool,
+    ) -> Option<&Hold> {
+        let hold = self.hold.as_ref()?;
+        let counts = hold.boot == boot.id() && hold.expires > now && !hold.lifeline.is_some_and(is_dead);
+        counts.then_some(hold)
+    }
 }
 
 impl Hold {
@@ -61,7 +73,8 @@ impl Hold {
         Duration::from_micros(u64::try_from(self.expires.saturating_sub(now)).unwrap_or(0))
     }
 
-    fn show(&self, token: FencingToken, now: i64) -> Holder {
+    /// The hold as onlookers see it.
+    pub(super) fn show(&self, token: FencingToken, now: i64) -> Holder {
         Holder {
             id: Some(self.claim),
             token: Some(token),
@@ -83,30 +96,22 @@ impl Transaction<'_> {
             .map_err(|e| failure("look a lock up", e))
     }
 
-    /// The hold of a row if it still counts: of this boot, not expired, its process not known to be dead.
-    fn live<'l>(&mut self, lock: &'l Lock) -> Result<Option<&'l Hold>> {
-        let Some(hold) = &lock.hold else { return Ok(None) };
-        if hold.boot != self.boot.id() || hold.expires <= self.now {
-            return Ok(None);
-        }
-        match hold.lifeline {
-            Some(lifeline) if self.lifelines.is_dead(lifeline) => {
-                self.void(lifeline)?;
-                Ok(None)
-            }
-            _ => Ok(Some(hold)),
-        }
+    fn live<'l>(&self, lock: &'l Lock) -> Option<&'l Hold> {
+        lock.live(self.boot, self.now, |id| self.lifelines.is_dead(id))
     }
 
-    /// Takes all that a dead process held from it.
-    fn void(&mut self, lifeline: LifelineId) -> Result<()> {
-        self.run(
-            "take a dead process's locks",
-            "UPDATE locks SET claim = NULL, lifeline = NULL, record = NULL WHERE lifeline = ?1",
-            [lifeline.as_bytes()],
-        )?;
-        self.dead.push(lifeline);
-        Ok(())
+    /// Remembers whether the hold of `name` is bound to our own lifeline.
+    fn note(&mut self, name: &Name, hold: Option<&Hold>) {
+        let own = self.lifelines.id();
+        self.note_bound(name, hold.is_some_and(|hold| hold.lifeline == Some(own)));
+    }
+
+    fn note_bound(&mut self, name: &Name, bound: bool) {
+        if bound {
+            self.bound.insert(name.clone());
+        } else {
+            self.bound.remove(name);
+        }
     }
 
     fn run(&self, doing: &str, sql: &str, values: impl rusqlite::Params) -> Result<usize> {
@@ -116,9 +121,9 @@ impl Transaction<'_> {
             .map_err(|e| failure(doing, e))
     }
 
-    fn bound_to(&self, binding: Binding) -> Option<[u8; 24]> {
+    fn bound_to(&self, binding: Binding) -> Option<LifelineId> {
         match binding {
-            Binding::Process => Some(*self.lifelines.id().as_bytes()),
+            Binding::Process => Some(self.lifelines.id()),
             Binding::Expiry => None,
         }
     }
@@ -132,7 +137,7 @@ impl Transaction<'_> {
         }
         let lock = self.find(&claim.name)?;
         if let Some(lock) = &lock
-            && let Some(hold) = self.live(lock)?
+            && let Some(hold) = self.live(lock)
         {
             return Ok(if hold.claim == claim.id {
                 let ttl = hold.remaining(self.now);
@@ -160,30 +165,34 @@ impl Transaction<'_> {
                 claim.id.as_bytes(),
                 self.boot.id(),
                 self.now.saturating_add(micros(claim.ttl)),
-                self.bound_to(claim.binding),
+                self.bound_to(claim.binding).as_ref().map(LifelineId::as_bytes),
                 wall.cast_signed(),
                 &*claim.record,
             ),
         )?;
+        self.note_bound(&claim.name, claim.binding == Binding::Process);
         Ok(Acquired::Granted(Grant { token, ttl: claim.ttl, session: 0 }))
     }
 
     /// Extends, or only confirms, one hold.
     pub(super) fn renew(&mut self, held: &Held) -> Result<Renewal> {
-        let Some(lock) = self.find(&held.name)? else { return Ok(Renewal::Lost) };
-        let Some(row) = self.live(&lock)?.filter(|row| row.claim == held.id) else {
+        let lock = self.find(&held.name)?;
+        let live = lock.as_ref().and_then(|lock| self.live(lock));
+        let Some(row) = live.filter(|row| row.claim == held.id) else {
+            self.note(&held.name, live);
             return Ok(Renewal::Lost);
         };
         let asked = held.extend.map_or(i64::MIN, |span| self.now.saturating_add(micros(span)));
         let expires = row.expires.max(asked);
         let lifeline = self.bound_to(held.binding);
-        if expires != row.expires || lifeline.as_ref() != row.lifeline.as_ref().map(LifelineId::as_bytes) {
+        if expires != row.expires || lifeline != row.lifeline {
             self.run(
                 "renew a lock",
                 "UPDATE locks SET expires = ?2, lifeline = ?3 WHERE name = ?1",
-                (held.name.as_bytes(), expires, lifeline),
+                (held.name.as_bytes(), expires, lifeline.as_ref().map(LifelineId::as_bytes)),
             )?;
         }
+        self.note_bound(&held.name, held.binding == Binding::Process);
         Ok(Renewal::Renewed(Duration::from_micros(expires.saturating_sub(self.now).unsigned_abs())))
     }
 
@@ -197,11 +206,16 @@ impl Transaction<'_> {
             )?;
         }
         let Some(lock) = self.find(&held.name)? else { return Ok(Released::NotHeld) };
-        let answer = match self.live(&lock)? {
+        let live = self.live(&lock);
+        let answer = match live {
             None => Released::NotHeld,
-            Some(theirs) if theirs.claim == held.id => Released::Released,
-            Some(_) => return Ok(Released::HeldByOther),
+            Some(row) if row.claim == held.id => Released::Released,
+            Some(_) => {
+                self.note(&held.name, live);
+                return Ok(Released::HeldByOther);
+            }
         };
+        self.note_bound(&held.name, false);
         self.run(
             "release a lock",
             "UPDATE locks SET claim = NULL, lifeline = NULL, record = NULL WHERE name = ?1 AND claim = ?2",
@@ -220,18 +234,6 @@ impl Transaction<'_> {
             })
             .map_err(|e| failure("look a claim up", e))
     }
-}
-
-/// Who holds `lock`, if its hold still counts; for onlookers: takes nothing from the dead.
-pub(super) fn holder_of(
-    lock: &Lock,
-    boot: &[u8],
-    now: i64,
-    is_dead: impl FnOnce(LifelineId) -> bool,
-) -> Option<Holder> {
-    let hold = lock.hold.as_ref()?;
-    let counts = hold.boot == boot && hold.expires > now && !hold.lifeline.is_some_and(is_dead);
-    counts.then(|| hold.show(lock.token, now))
 }
 
 /// The token after `last`: larger, and at least the wall clock in microseconds. So a counter that was lost or set back

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::database::Database;
+use super::database::{Database, Transaction};
 use super::{Options, open};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -16,8 +16,9 @@ const TURN: usize = 32;
 /// How long a store that is dropped waits for its files to be put in order.
 const FAREWELL: Duration = Duration::from_millis(100);
 
-/// A request; it finds out itself whether anybody still waits for its answer.
-type Job = Box<dyn FnOnce(&mut Database) + Send>;
+/// A request; it finds out itself whether anybody still waits for its answer, and gives back how to answer.
+type Job = Box<dyn FnOnce(&mut Database) -> Option<Answer> + Send>;
+type Answer = Box<dyn FnOnce() + Send>;
 
 /// The handle of the thread. Dropping it lets the thread finish what was asked and end.
 #[derive(Debug)]
@@ -56,26 +57,44 @@ impl Worker {
         Ok((Self { jobs: Some(jobs), ended: Mutex::new(ended) }, seen))
     }
 
-    /// Has the thread do `work` and waits for its answer.
-    ///
-    /// # Cancel safety
-    /// Dropped before the thread came to it, nothing is done; dropped later, all of it.
-    pub(super) async fn call<T: Send + 'static>(
+    /// Has the thread do `work` without a turn at the gate and waits for its answer: for looking.
+    pub(super) async fn look<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Database) -> T + Send + 'static,
+        work: impl FnOnce(&Database) -> T + Send + 'static,
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        let job: Job = Box::new(move |database| {
-            if !reply.is_closed() {
-                // The caller may have gone while it was done: it is then unknown to the caller, as the contract says.
-                let _ = reply.send(work(database));
-            }
-        });
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        if !sent {
-            return Err(Error::new(ErrorKind::Unavailable, "the thread of the lock database has ended"));
-        }
+        self.send(Box::new(move |database| {
+            (!reply.is_closed()).then(|| answer_with(reply, work(database)))
+        }))?;
         answer.await.map_err(|_| ended_early())
+    }
+
+    /// Has the thread do `work` in a transaction and waits for its answer.
+    ///
+    /// # Cancel safety
+    /// Dropped before its transaction began, nothing is done; dropped later, all of it.
+    pub(super) async fn transact<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Box::new(move |database| {
+            if reply.is_closed() {
+                return None;
+            }
+            let entered = database.enter();
+            // The wait for the turn may have been long.
+            (!reply.is_closed())
+                .then(|| answer_with(reply, entered.and_then(|()| database.transaction(work))))
+        }))?;
+        answer.await.unwrap_or_else(|_| Err(ended_early()))
+    }
+
+    fn send(&self, job: Job) -> Result<()> {
+        match self.jobs.as_ref().map(|jobs| jobs.send(job)) {
+            Some(Ok(())) => Ok(()),
+            _ => Err(Error::new(ErrorKind::Unavailable, "the thread of the lock database has ended")),
+        }
     }
 }
 
@@ -83,14 +102,22 @@ fn ended_early() -> Error {
     Error::new(ErrorKind::Unknown, "the thread of the lock database ended in the middle of a request")
 }
 
+fn answer_with<T: Send + 'static>(reply: oneshot::Sender<T>, outcome: T) -> Answer {
+    Box::new(move || {
+        // A caller that went while it was done does not know the outcome, as the contract says.
+        let _ = reply.send(outcome);
+    })
+}
+
 /// Serves requests until every handle is gone, some of them in each turn at the gate.
 fn serve(database: &mut Database, inbox: &Receiver<Job>) {
+    let mut answers = Vec::with_capacity(TURN);
     while let Ok(first) = inbox.recv() {
-        first(database);
-        for job in inbox.try_iter().take(TURN - 1) {
-            job(database);
-        }
+        let others = inbox.try_iter().take(TURN - 1);
+        answers.extend(std::iter::once(first).chain(others).filter_map(|job| job(database)));
         database.leave();
+        // Only now: a process that is stopped as soon as it has its answer must not be stopped at the gate.
+        answers.drain(..).for_each(|answer| answer());
     }
 }
 

@@ -1,0 +1,307 @@
+//! `leasehold run`: acquire, start the command under a guardian, feed the guardian deadlines, release after the reap.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt as _;
+use std::pin::pin;
+
+use leasehold::clock::{self, Instant};
+use leasehold::{Error, ErrorKind, Guard, Holder, Locks, Released};
+use serde_json::json;
+
+use crate::child::{self, Ended, Guarded, Message, Orders, Outside, Report, Signals, Surroundings};
+use crate::exit;
+use crate::plan::{OnLost, Patience, RunPlan, human};
+use crate::status::{Reporter, say};
+
+/// Runs the plan against the store at `store`; returns the exit code.
+pub(crate) async fn run(store: &str, plan: &RunPlan, around: Surroundings) -> u8 {
+    let events = match plan.status_fd.map(child::open_descriptor).transpose() {
+        Ok(events) => events,
+        Err(error) => {
+            say(&format!("--status-fd {}: {error}", plan.status_fd.unwrap_or_default()));
+            return exit::USAGE;
+        }
+    };
+    let reporter = Reporter::new(&plan.name, events, plan.json, plan.quiet_if_busy);
+    let mut signals = match Signals::listen(around.front) {
+        Ok(signals) => signals,
+        Err(error) => return reporter.failed(&format!("cannot listen for signals: {error}"), exit::FAILURE),
+    };
+    let asked = match unless_ended(&mut signals, ask(store, plan, &reporter)).await {
+        Ok(asked) => asked,
+        Err(code) => return code,
+    };
+    match asked {
+        Ok((locks, Some(guard))) => {
+            let orders = Orders {
+                leash: plan.leash,
+                deadline: guard.valid_until(),
+                group: around.group,
+                command: plan.command.clone(),
+            };
+            Run { plan, reporter: &reporter, signals, locks }.under(guard, orders, around.stdin).await
+        }
+        Ok((_, None)) => plan.busy_code,
+        Err(error) => {
+            let code = if error.kind() == ErrorKind::Invalid { exit::USAGE } else { exit::FAILURE };
+            reporter.failed(&error.to_string(), code)
+        }
+    }
+}
+
+/// What `work` gives; dropped, and the exit code for it, if a signal asks us to end before.
+async fn unless_ended<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, u8> {
+    let mut work = pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return Ok(done),
+            outside = signals.next() => match outside {
+                Outside::Signal(number, _) if child::asks_to_end(number) => return Err(exit::signalled(number)),
+                Outside::Signal(..) => {}
+                Outside::FrontGone => return Err(exit::FAILURE),
+            },
+        }
+    }
+}
+
+/// Connects and asks for the lock; `None`: somebody else has it and the patience is over, as was told.
+async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks, Option<Guard>), Error> {
+    let started = clock::now();
+    let locks = leasehold::connect(store).await?;
+    let mut mutex = locks.mutex(plan.name.as_bytes()).ttl(plan.ttl);
+    if let Some(label) = &plan.label {
+        mutex = mutex.label(label);
+    }
+    for (key, value) in &plan.metadata {
+        mutex = mutex.metadata(key, value);
+    }
+    if let Some(guard) = mutex.try_lock().await? {
+        return Ok((locks, Some(guard)));
+    }
+    let holder = holder(&locks, plan).await;
+    let name = &plan.name;
+    let got = match plan.patience {
+        Patience::None => Ok(None),
+        Patience::For(span) => {
+            reporter.held_by("waiting", holder.as_ref(), |who| format!("waiting for {name}, held by {who}"));
+            mutex.lock_for(span.saturating_sub(clock::now().since(started))).await
+        }
+        Patience::Endless => {
+            reporter.held_by("waiting", holder.as_ref(), |who| format!("waiting for {name}, held by {who}"));
+            mutex.lock().await.map(Some)
+        }
+    };
+    let guard = match got {
+        Err(error) if error.kind() == ErrorKind::Busy => None,
+        other => other?,
+    };
+    if guard.is_none() {
+        let holder = self::holder(&locks, plan).await;
+        reporter.held_by("busy", holder.as_ref(), |who| match plan.patience {
+            Patience::For(span) => format!("{name} is held by {who}; gave up after {}", human(span)),
+            _ => format!("{name} is held by {who}"),
+        });
+    }
+    Ok((locks, guard))
+}
+
+/// Who holds it, for people: not knowing is no failure.
+async fn holder(locks: &Locks, plan: &RunPlan) -> Option<Holder> {
+    locks.show(plan.name.as_bytes()).await.ok()?.holder
+}
+
+/// What became of the command.
+struct Outcome {
+    ended: Ended,
+    /// Whether the lock cannot be shown to have been held until everything was reaped.
+    lost: bool,
+}
+
+struct Run<'a> {
+    plan: &'a RunPlan,
+    reporter: &'a Reporter,
+    signals: Signals,
+    locks: Locks,
+}
+
+impl Run<'_> {
+    /// From the grant to the release.
+    async fn under(mut self, guard: Guard, mut orders: Orders, stdin: std::os::fd::OwnedFd) -> u8 {
+        let granted_at = clock::now();
+        self.tell_acquired(&guard);
+        let leash = self.plan.leash;
+        let changed = guard.changed();
+        orders.deadline = guard.valid_until();
+        if guard.remaining() <= leash.kill_after + leash.margin {
+            let left = human(guard.remaining());
+            let why = format!(
+                "the lock was granted for {left} only, too short to stop the command in: raise --ttl"
+            );
+            return self.give_up(guard, &why).await;
+        }
+        let environment = self.environment(&guard);
+        let lifeline = self.locks.lifeline();
+        let guarded = match Guarded::start(&orders, &environment, stdin, lifeline.as_deref()) {
+            Ok(guarded) => guarded,
+            Err(error) => return self.give_up(guard, &format!("cannot start the guardian: {error}")).await,
+        };
+        let outcome = match self.supervise(&guard, guarded, orders.deadline, changed).await {
+            Ok(outcome) => outcome,
+            Err(why) => return self.give_up(guard, &why).await,
+        };
+        self.tell_exited(&outcome);
+        self.finish(guard, outcome, granted_at).await
+    }
+
+    /// Watches over command, lock and signals until the whole family is gone.
+    async fn supervise(
+        &mut self,
+        guard: &Guard,
+        mut guarded: Guarded,
+        mut deadline: Instant,
+        changed: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<Outcome, String> {
+        let ignore = self.plan.leash.on_lost == OnLost::Ignore;
+        let mut changed: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(changed);
+        let mut loss = pin!(guard.lost());
+        let mut lost = false;
+        loop {
+            // The guardian kills at the margin. If it cannot (stopped, say) this is the last moment to do it here.
+            let last = if ignore { Instant::FAR } else { deadline.minus(self.plan.leash.margin / 2) };
+            tokio::select! {
+                said = guarded.next() => match said {
+                    Some(Message::Done(report)) => {
+                        guarded.part();
+                        return Ok(self.judge(guard, report, lost));
+                    }
+                    Some(Message::Started(pid)) => self.reporter.tell("started", json!({ "pid": pid }), None),
+                    Some(Message::Failed(errno)) => {
+                        guarded.part();
+                        return Err(format!("cannot start a process: {}", std::io::Error::from_raw_os_error(errno)));
+                    }
+                    Some(_) => {}
+                    None => {
+                        let ended = guarded.destroy();
+                        self.reporter.note("the guardian of the command died; the command was killed");
+                        return Ok(Outcome { ended, lost: lost || clock::now() > guard.valid_until() });
+                    }
+                },
+                why = &mut loss, if !lost => {
+                    guarded.tell(Message::Stop);
+                    lost = true;
+                    let then = if ignore { "the command runs on" } else { "stopping the command" };
+                    let message = format!("the lock {} is lost: {why}; {then}", self.plan.name);
+                    self.reporter.tell("lost", json!({ "reason": why.to_string() }), Some(message));
+                }
+                () = &mut changed, if !lost => {
+                    changed = Box::pin(guard.changed());
+                    deadline = deadline.max(guard.valid_until());
+                    guarded.tell(Message::Deadline(deadline));
+                }
+                outside = self.signals.next() => match outside {
+                    Outside::Signal(number, from_terminal) => guarded.tell(Message::Signal(number, from_terminal)),
+                    Outside::FrontGone => guarded.tell(Message::Stop),
+                },
+                () = clock::sleep_until(last) => {
+                    let ended = guarded.destroy();
+                    self.reporter.note("the guardian did not stop the command in time; the command was killed");
+                    return Ok(Outcome { ended, lost: true });
+                }
+            }
+        }
+    }
+
+    /// Whether the lock was provably held until the last process was reaped.
+    fn judge(&self, guard: &Guard, report: Report, lost: bool) -> Outcome {
+        if report.cut_short && !lost {
+            self.reporter.note(&format!(
+                "the lock {} was not renewed in time; the command was stopped before it could pass on",
+                self.plan.name
+            ));
+        }
+        if report.leftovers > 0 {
+            self.reporter.note(&format!(
+                "the command left {} running; stopped before the release",
+                if report.leftovers == 1 {
+                    "a process".into()
+                } else {
+                    format!("{} processes", report.leftovers)
+                }
+            ));
+        }
+        let outlived = report.reaped_at > guard.valid_until();
+        Outcome { ended: report.ended, lost: lost || report.cut_short || outlived }
+    }
+
+    /// Holds on for the least time asked for, releases, and says how it all ended.
+    async fn finish(mut self, guard: Guard, mut outcome: Outcome, granted_at: Instant) -> u8 {
+        let mut code = match outcome.ended {
+            Ended::Code(code) => code,
+            Ended::Signal(number) => exit::signalled(i32::from(number)),
+        };
+        let until = granted_at.plus(self.plan.hold_at_least);
+        if !outcome.lost && clock::now() < until {
+            let lost = guard.lost();
+            let hold = unless_ended(&mut self.signals, clock::timeout_at(until, lost));
+            match hold.await {
+                Ok(None) => {}
+                Ok(Some(why)) => {
+                    self.reporter.note(&format!("the lock {} is lost: {why}", self.plan.name));
+                    outcome.lost = true;
+                }
+                Err(ended) => code = ended,
+            }
+        }
+        match guard.unlock().await {
+            Ok(answer) => {
+                self.tell_released(answer, outcome.lost);
+                outcome.lost |= answer != Released::Released;
+            }
+            Err(error) => {
+                self.reporter.note(&format!("the lock ends by itself, it could not be released: {error}"));
+            }
+        }
+        if outcome.lost { exit::LOST } else { code }
+    }
+
+    /// Nothing was run: releases and says why.
+    async fn give_up(self, guard: Guard, why: &str) -> u8 {
+        let _ = guard.unlock().await;
+        self.reporter.failed(why, exit::FAILURE)
+    }
+
+    fn environment(&self, guard: &Guard) -> Vec<(&'static str, OsString)> {
+        vec![
+            ("LEASEHOLD_NAME", OsString::from_vec(self.plan.name.as_bytes().to_vec())),
+            ("LEASEHOLD_TOKEN", guard.fencing_token().to_string().into()),
+            ("LEASEHOLD_OWNER", guard.claim_id().to_string().into()),
+            ("LEASEHOLD_TTL_MS", self.plan.ttl.as_millis().to_string().into()),
+        ]
+    }
+
+    fn tell_acquired(&self, guard: &Guard) {
+        let ttl = u64::try_from(self.plan.ttl.as_millis()).unwrap_or(u64::MAX);
+        let (token, owner) = (guard.fencing_token().get(), guard.claim_id().to_string());
+        self.reporter.tell("acquired", json!({ "token": token, "owner": owner, "ttl_ms": ttl }), None);
+    }
+
+    fn tell_exited(&self, outcome: &Outcome) {
+        let (code, signal) = match outcome.ended {
+            Ended::Code(code) => (Some(code), None),
+            Ended::Signal(number) => (None, Some(number)),
+        };
+        self.reporter.tell("exited", json!({ "code": code, "signal": signal, "lost": outcome.lost }), None);
+    }
+
+    fn tell_released(&self, answer: Released, known: bool) {
+        let (word, message) = match answer {
+            Released::Released => ("released", None),
+            Released::NotHeld => ("not-held", Some("was no longer held")),
+            Released::HeldByOther => ("held-by-other", Some("is held by somebody else by now")),
+        };
+        let message = message.filter(|_| !known);
+        let message =
+            message.map(|what| format!("the lock {} {what} when it was to be released", self.plan.name));
+        self.reporter.tell("released", json!({ "answer": word }), message);
+    }
+}

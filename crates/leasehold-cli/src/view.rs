@@ -1,0 +1,162 @@
+//! How locks look: aligned and coloured for people, JSON for programs.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anstyle::{AnsiColor, Style};
+use leasehold::{Escaped, Holder, LockView};
+use serde_json::{Value, json};
+
+use crate::plan::human;
+
+/// For headings.
+pub(crate) const HEADING: Style = Style::new().bold();
+/// For what is well, or free.
+pub(crate) const GOOD: Style = AnsiColor::Green.on_default();
+/// For what deserves a look, or is held.
+pub(crate) const WARN: Style = AnsiColor::Yellow.on_default();
+/// For what is broken.
+pub(crate) const BAD: Style = AnsiColor::Red.on_default().bold();
+/// For what can be skipped.
+pub(crate) const DIM: Style = Style::new().dimmed();
+
+/// `text` in a style; the style is left out again where nobody can see it.
+pub(crate) fn styled(style: Style, text: impl std::fmt::Display) -> String {
+    format!("{style}{text}{style:#}")
+}
+
+/// One lock as JSON.
+pub(crate) fn lock_json(view: &LockView) -> Value {
+    let shown = view.name.to_string();
+    let mut object = json!({
+        "name": shown,
+        "held": view.holder.is_some(),
+        "holder": view.holder.as_ref().map(holder_json),
+        "last_token": view.last_token,
+        "waiters": view.waiters,
+    });
+    // Where the name had to be escaped to be shown, the bytes tell which lock it really is.
+    if shown.as_bytes() != view.name.as_bytes() {
+        let hex = view.name.as_bytes().iter().fold(String::new(), |mut hex, byte| {
+            let _ = write!(hex, "{byte:02x}");
+            hex
+        });
+        object["name_hex"] = hex.into();
+    }
+    object
+}
+
+/// One object a line.
+pub(crate) fn json_lines(objects: impl IntoIterator<Item = Value>) -> String {
+    objects.into_iter().fold(String::new(), |mut text, object| {
+        let _ = writeln!(text, "{object}");
+        text
+    })
+}
+
+/// A holder as JSON.
+pub(crate) fn holder_json(holder: &Holder) -> Value {
+    let record = holder.record.clone().unwrap_or_default();
+    json!({
+        "token": holder.token,
+        "owner": record.owner,
+        "host": record.host,
+        "pid": record.pid,
+        "label": record.label,
+        "meta": record.metadata,
+        "remaining_ms": holder.remaining.map(millis),
+        "since_unix_ms": holder.since_unix_micros.map(|micros| micros / 1000),
+        "claim": holder.id.map(|id| id.to_string()),
+        "foreign": holder.foreign,
+    })
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Who holds it, in a word or two that are safe to print.
+pub(crate) fn who(holder: &Holder) -> String {
+    match (&holder.record, &holder.foreign) {
+        (_, Some(foreign)) => format!("another library ({foreign})"),
+        (Some(record), None) => match &record.owner {
+            Some(owner) => escaped(owner),
+            None => format!("{}:{}", escaped(&record.host), record.pid),
+        },
+        (None, None) => "unknown".into(),
+    }
+}
+
+/// Text of a stranger, safe to print.
+pub(crate) fn escaped(text: &str) -> String {
+    Escaped(text.as_bytes()).to_string()
+}
+
+/// For how long it has been held, by the wall clock.
+pub(crate) fn held_for(holder: &Holder) -> Option<Duration> {
+    let since = Duration::from_micros(holder.since_unix_micros?);
+    leasehold::clock::wall().checked_sub(since)
+}
+
+/// A duration to the second from ten seconds on: more digits would only look exact.
+pub(crate) fn rough(span: Duration) -> String {
+    human(if span >= Duration::from_secs(10) { Duration::from_secs(span.as_secs()) } else { span })
+}
+
+/// Columns of text, aligned by what is seen of them.
+pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let widths: Vec<usize> = headings
+        .iter()
+        .enumerate()
+        .map(|(at, heading)| {
+            rows.iter().map(|row| width(&row[at])).chain([width(heading)]).max().unwrap_or(0)
+        })
+        .collect();
+    let mut text = String::new();
+    let mut line = |cells: &mut dyn Iterator<Item = String>| {
+        let padded = cells.zip(&widths).map(|(cell, &wide)| {
+            let padding = wide - width(&cell);
+            format!("{cell}{:padding$}", "")
+        });
+        let joined = padded.collect::<Vec<_>>().join("  ");
+        let _ = writeln!(text, "{}", joined.trim_end());
+    };
+    line(&mut headings.iter().map(|heading| styled(HEADING, heading)));
+    for row in rows {
+        line(&mut row.iter().cloned());
+    }
+    text
+}
+
+/// The columns that a text takes, without its colours.
+fn width(text: &str) -> usize {
+    anstream::adapter::strip_str(text).to_string().chars().count()
+}
+
+#[cfg(test)]
+mod tests {
+    use leasehold::{FencingToken, Name, Record};
+
+    use super::*;
+
+    #[test]
+    fn columns_line_up_whatever_their_colours() {
+        let rows = vec![vec![styled(BAD, "é"), "1".into()], vec!["long".into(), styled(GOOD, "2")]];
+        let text = anstream::adapter::strip_str(&table(&["A", "B"], &rows)).to_string();
+        assert_eq!(text, "A     B\né     1\nlong  2\n");
+    }
+
+    #[test]
+    fn what_a_stranger_wrote_cannot_reach_the_terminal_as_it_is() {
+        let mut view = LockView::free(Name::new(b"a\x1b[2J\xff").unwrap());
+        let mut holder = Holder::default();
+        holder.token = Some(FencingToken::new(7));
+        holder.record = Some(Record { host: "h\x1b]0;x\x07".into(), pid: 3, ..Record::default() });
+        assert_eq!(who(&holder), "h\\u{1b}]0;x\\u{7}:3");
+        view.holder = Some(holder);
+        let json = lock_json(&view);
+        assert_eq!(json["name"], "a\\u{1b}[2J\\xff");
+        assert_eq!(json["name_hex"], "611b5b324aff");
+        assert_eq!(json["holder"]["token"], 7);
+    }
+}
