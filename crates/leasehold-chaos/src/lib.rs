@@ -3,6 +3,7 @@
 //! - [`servers`]: a real `redis-server` on a free port, stopped with the test that started it.
 //! - [`proxy`]: a link to it that counts, holds, cuts and delays what goes through.
 //! - [`checker`]: the judge of what many processes wrote down; it knows only their histories.
+//! - [`wall_clock`]: a wall clock for one process, that can be stepped.
 //! - [`resp`]: the little of the Redis protocol that these need.
 #![allow(
     clippy::disallowed_methods,
@@ -15,11 +16,25 @@ pub mod resp;
 pub mod servers;
 mod spawn;
 mod tls;
+pub mod wall_clock;
 
 use std::time::{Duration, Instant};
 
 /// How long any wait of this crate goes on before it panics: long, because it is only ever reached by a failure.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The Python that has PyPI's `redis`.
+///
+/// # Panics
+/// If it is not there, with the line that gets it.
+#[must_use]
+#[track_caller]
+pub fn python() -> std::path::PathBuf {
+    let workspace = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let python = workspace.join("target/test-tools/python/bin/python");
+    assert!(python.exists(), "redis-py is not installed: run scripts/install-test-tools");
+    python
+}
 
 /// Asks `done` again and again until it says yes; for facts that send no event, such as a counter of a server.
 ///

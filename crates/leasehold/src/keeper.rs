@@ -5,6 +5,7 @@
 //! dropped runtime or panic costs no lock.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -88,7 +89,6 @@ impl Bench {
 }
 
 /// The handle that `Locks`, mutexes and guards share. The last one dropped waits, bounded, for releases under way.
-#[derive(Debug)]
 pub(crate) struct Keeper {
     shared: Arc<Shared>,
     close_timeout: Duration,
@@ -116,6 +116,13 @@ struct Table {
     /// Until when the thread sleeps.
     planned: Instant,
     closing: bool,
+}
+
+impl fmt::Debug for Keeper {
+    // Not what it keeps: that may be ten thousand locks.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Keeper").field(&self.shared.store.location()).finish()
+    }
 }
 
 impl Keeper {
