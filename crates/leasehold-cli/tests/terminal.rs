@@ -1,5 +1,9 @@
 //! On a terminal the command is read, interrupted and stopped as if the shell had started it.
-#![allow(clippy::disallowed_methods, reason = "tests measure real time")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "tests fail by panicking and measure real time"
+)]
 
 mod common;
 
