@@ -196,6 +196,39 @@ fn guards_outlive_the_runtime_they_were_made_on() {
     assert_eq!((proxy.count(releases("b")), server.cli(&["EXISTS", "a", "b"])), (1, "0".to_owned()));
 }
 
+/// Memory of this process that is really there, in bytes.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+}
+
+#[test]
+fn ten_thousand_held_locks_take_less_than_two_kib_each() {
+    const LOCKS: usize = 10_000;
+    if let Some(url) = other_role() {
+        let locks = connect(&url);
+        let take = |from, to| -> Vec<_> {
+            (from..to).map(|n| lock(&locks.mutex(format!("lock-{n}")).ttl(ms(20_000)))).collect()
+        };
+        let few = take(0, 100);
+        // A whole round of renewals before and after, so that their buffers count too.
+        let renewed = |guard: &leasehold::Guard| block_on(guard.changed());
+        renewed(few.last().unwrap());
+        let before = resident();
+        let many = take(100, 100 + LOCKS);
+        (0..3).for_each(|_| renewed(many.last().unwrap()));
+        say(&(resident().saturating_sub(before) / LOCKS).to_string());
+        std::process::exit(0);
+    }
+    let server = RedisServer::start();
+    let mut other =
+        Other::start("ten_thousand_held_locks_take_less_than_two_kib_each", &server.url(), |_| {});
+    let bytes: usize = other.hear().parse().unwrap();
+    assert!((100..2_048).contains(&bytes), "{bytes} bytes for each lock");
+    println!("{bytes} bytes for each lock");
+}
+
 #[test]
 fn a_blocked_executor_costs_no_lock() {
     let (_server, proxy, locks) = linked();
