@@ -169,6 +169,8 @@ impl Run<'_> {
             // The guardian kills at the margin. If it cannot (stopped, say) this is the last moment to do it here.
             let last = if ignore { Instant::FAR } else { deadline.minus(self.plan.leash.margin / 2) };
             tokio::select! {
+                // In this order: whoever wakes after a pause hears first what the guardian has done meanwhile.
+                biased;
                 said = guarded.next() => match said {
                     Some(Message::Done(report)) => {
                         guarded.part();

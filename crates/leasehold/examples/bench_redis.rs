@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use leasehold::clock;
 use leasehold::store::Store;
 use leasehold::stores::redis::{RedisConfig, RedisStore};
-use leasehold::types::{Acquired, Claim, Held, Name, Record, Released};
+use leasehold::{Acquired, Claim, Held, Name, Record, Released};
 use redis::aio::MultiplexedConnection;
 
 const ROUNDS: usize = 3;

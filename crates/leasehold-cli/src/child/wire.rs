@@ -15,6 +15,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg, socketpair,
 };
+use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 
 /// How the command ended.
@@ -179,20 +180,17 @@ impl Line {
 
     /// The next message; `None` once the other side is gone.
     pub(crate) fn poll(&self, context: &mut Context<'_>) -> Poll<Option<Message>> {
-        let mut bytes = [0; WORDS * 8];
+        // The socket itself is asked before the runtime is: after a pause the runtime does not know yet what has come.
+        let mut heard = hear(&self.0);
         loop {
-            ready!(self.0.poll_recv_ready(context)).ok();
-            match self.0.try_recv(&mut bytes) {
-                Ok(0) => return Poll::Ready(None),
-                Ok(length) => {
-                    if let Some(message) = Message::decode(&bytes[..length]) {
-                        return Poll::Ready(Some(message));
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Poll::Ready(None),
-            }
+            match heard {
+                Heard::Message(message) => return Poll::Ready(Some(message)),
+                Heard::Gone => return Poll::Ready(None),
+                Heard::Nothing => ready!(self.0.poll_recv_ready(context)).ok(),
+            };
+            let nothing = || io::Error::from(io::ErrorKind::WouldBlock);
+            let again = || Some(hear(&self.0)).filter(|heard| *heard != Heard::Nothing).ok_or_else(nothing);
+            heard = self.0.try_io(Interest::READABLE, again).unwrap_or(Heard::Nothing);
         }
     }
 }
