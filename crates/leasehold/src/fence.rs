@@ -31,7 +31,7 @@ impl From<StaleToken> for Error {
 ///
 /// ```
 /// use leasehold::fence::Fence;
-/// use leasehold::types::FencingToken;
+/// use leasehold::FencingToken;
 ///
 /// let fence = Fence::new();
 /// fence.admit(FencingToken::new(34)).unwrap();
@@ -105,7 +105,7 @@ pub enum Refused {
 ///     fence.with_token_parameter("$3")?.update("body = $1", "id = $2")?,
 ///     "UPDATE reports SET body = $1, lock_token = $3 WHERE (id = $2) AND lock_token <= $3"
 /// );
-/// # Ok::<(), leasehold::error::Error>(())
+/// # Ok::<(), leasehold::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SqlFence {

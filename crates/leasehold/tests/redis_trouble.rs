@@ -547,7 +547,7 @@ fn the_guard_at_a_key_turns_a_stale_holder_away() {
             fence.set(key, b"new", newer).await.unwrap().unwrap();
             fence.set_for(key, b"newer\0", newer, Duration::from_secs(60)).await.unwrap().unwrap();
             let error = fence.set(key, b"late", stale).await.unwrap().unwrap_err();
-            assert_eq!((error.offered, error.newest), (stale, Some(newer)));
+            assert_eq!((error.presented, error.newest), (stale, newer));
             let mut raw = server.raw();
             let kept: Vec<u8> = redis::cmd("GET").arg(key).query(&mut raw).unwrap();
             assert_eq!(kept, b"newer\0");
