@@ -65,8 +65,7 @@ fn every_other_command_is_one_that_the_program_knows() {
     let readme = readme();
     let mut seen = 0;
     for line in commands(&readme).into_iter().filter_map(|line| line.strip_prefix("leasehold ")) {
-        let command =
-            line.split(' ').find(|word| !word.starts_with("--") && !word.contains("://")).unwrap();
+        let command = line.split(' ').find(|word| !word.starts_with("--") && !word.contains("://")).unwrap();
         let help = Command::new(env!("CARGO_BIN_EXE_leasehold")).args([command, "--help"]).output().unwrap();
         assert!(help.status.success(), "{command}");
         seen += 1;
