@@ -134,15 +134,43 @@ fn a_frozen_server_makes_lost_before_it_can_grant_anew() {
     let others = connect(&format!("{}?timeout=300ms", server.url()));
     let guard = lock(&locks.mutex("a").ttl(ms(1_000)));
     server.pause();
-    assert_eq!(block_on(guard.lost()), Loss::Expired);
-    // Now it wakes, with renewals of the old holder in its socket: they come too late.
+    let frozen = clock::now();
+    let waiter = thread::spawn(move || block_on(others.mutex("a").ttl(ms(30_000)).lock_for(ms(20_000))));
+    // By its clock the key ends while it is frozen: it could grant from the very moment that it wakes.
+    block_on(clock::sleep_until(frozen.plus(ms(1_000))));
+    assert_eq!((guard.status(), guard.remaining()), (Status::Lost, ms(0)), "lost before that moment");
     server.resume();
-    let next = lock_soon(&others.mutex("a"));
-    assert!(guard.valid_until() < clock::now());
+    // Renewals of the old holder may be in its socket: they come too late.
+    let next = match waiter.join().unwrap() {
+        Ok(next) => next.expect("free in time"),
+        // The first look of the other fails fast on a server that does not answer.
+        Err(error) if error.is_transient() => lock_soon(&locks.mutex("a")),
+        Err(error) => panic!("{error}"),
+    };
     assert!(next.fencing_token() > guard.fencing_token());
-    assert_eq!(guard.status(), Status::Lost);
+    assert_eq!(block_on(guard.lost()), Loss::Expired);
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::HeldByOther);
     assert_eq!(block_on(next.unlock()).unwrap(), Released::Released);
+}
+
+#[test]
+fn a_server_that_cannot_save_refuses_everything_and_the_guard_is_lost_in_time() {
+    let server = RedisServer::builder().args(["--enable-protected-configs", "yes"]).start();
+    let locks = connect(&server.url());
+    let guard = lock(&locks.mutex("a").ttl(ms(2_000)));
+    let folder = server.folder().join("gone");
+    std::fs::create_dir(&folder).unwrap();
+    assert_eq!(server.cli(&["CONFIG", "SET", "dir", folder.to_str().unwrap(), "save", "3600 1"]), "OK");
+    std::fs::remove_dir(&folder).unwrap();
+    server.cli(&["BGSAVE"]);
+    eventually("the snapshot failed", || {
+        server.cli(&["INFO", "persistence"]).contains("rdb_last_bgsave_status:err")
+    });
+    let error = block_on(locks.mutex("b").lock()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    assert_eq!(block_on(guard.lost()), Loss::Expired);
+    assert_eq!(server.cli(&["CONFIG", "SET", "save", ""]), "OK");
+    assert_eq!(block_on(lock_soon(&locks.mutex("a")).unlock()).unwrap(), Released::Released);
 }
 
 #[test]
