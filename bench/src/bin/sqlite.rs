@@ -1,7 +1,7 @@
 //! Measures the embedded store: lock and unlock cycles a second by 1 task, by 16 tasks, and by 8 processes, all on
 //! distinct names, and the longest that any of them waited for one request. About ten seconds.
 //!
-//! `cargo run --release -p leasehold --example bench_sqlite [FOLDER]`; the folder's disk is what is measured.
+//! `cargo run --release -p leasehold-bench --bin sqlite [FOLDER]`; the folder's disk is what is measured.
 #![expect(
     clippy::disallowed_methods,
     clippy::unwrap_used,
