@@ -349,7 +349,7 @@ fn a_full_disk_is_a_clear_error_and_takes_no_lock_away() {
 
 #[test]
 fn a_read_only_disk_is_a_clear_error() {
-    let empty = "mount -t tmpfs tmpfs \"$0\"; mount -o remount,ro \"$0\"";
+    let empty = "mount -t tmpfs tmpfs \"$0\"; mount -o remount,bind,ro \"$0\"";
     let (_folder, mut process) = on_a_disk(empty, "open");
     let error = process.line();
     assert!(error.starts_with("Rejected") && error.contains("Read-only file system"), "{error}");
@@ -357,7 +357,7 @@ fn a_read_only_disk_is_a_clear_error() {
     let (source, path) = place();
     drop(open(&path));
     let copied = format!(
-        "mount -t tmpfs tmpfs \"$0\"; cp {} \"$0\"; mount -o remount,ro \"$0\"",
+        "mount -t tmpfs tmpfs \"$0\"; cp {} \"$0\"; mount -o remount,bind,ro \"$0\"",
         source.path().join("locks.db").display()
     );
     let (_folder, mut process) = on_a_disk(&copied, "open");
