@@ -54,7 +54,7 @@ fn found<'a>(findings: &'a [Finding], check: &str) -> &'a Finding {
 }
 
 #[test]
-fn a_healthyserver_has_nothing_to_complain_of_and_keeps_no_trace() {
+fn a_healthy_server_has_nothing_to_complain_of_and_keeps_no_trace() {
     let server = Server::start(&["--appendonly", "yes"]);
     block_on(async {
         let store = store(&server.url()).await.unwrap();
