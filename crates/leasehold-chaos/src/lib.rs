@@ -3,6 +3,7 @@
 //! - [`servers`]: a real `redis-server` on a free port, stopped with the test that started it.
 //! - [`proxy`]: a link to it that counts, holds, cuts and delays what goes through.
 //! - [`checker`]: the judge of what many processes wrote down; it knows only their histories.
+//! - [`wall_clock`]: a wall clock for one process, that can be stepped.
 //! - [`resp`]: the little of the Redis protocol that these need.
 #![allow(
     clippy::disallowed_methods,
@@ -15,6 +16,7 @@ pub mod resp;
 pub mod servers;
 mod spawn;
 mod tls;
+pub mod wall_clock;
 
 use std::time::{Duration, Instant};
 

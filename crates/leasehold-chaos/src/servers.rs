@@ -1,8 +1,7 @@
 //! Real servers: each on a free port of the loopback, in a folder of its own, gone with the test that started it.
 
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::resp::{Client, Reply};
+use crate::wall_clock::WallClock;
 use crate::{PATIENCE, spawn, tls};
 
 /// How a server is to be started. Without options: no password, nothing saved, port only.
@@ -96,6 +96,7 @@ impl Builder {
 pub struct RedisServer {
     builder: Builder,
     folder: TempDir,
+    wall_clock: Option<WallClock>,
     port: u16,
     tls_port: u16,
     process: Option<(Child, Arc<Output>)>,
@@ -180,10 +181,8 @@ impl RedisServer {
         if builder.tls {
             tls::make_certificates(folder.path());
         }
-        if builder.own_clock {
-            make_wall_clock(folder.path());
-        }
-        let mut server = Self { builder, folder, port: 0, tls_port: 0, process: None };
+        let wall_clock = builder.own_clock.then(|| WallClock::new(folder.path()));
+        let mut server = Self { builder, folder, wall_clock, port: 0, tls_port: 0, process: None };
         // Between finding a free port and taking it somebody else may: then another port is found.
         let mut last = String::new();
         for _ in 0..20 {
@@ -233,10 +232,8 @@ impl RedisServer {
             command.args(["--tls-ca-cert-file", &path("ca.crt")]);
         }
         command.args(&self.builder.args);
-        if self.builder.own_clock {
-            command
-                .env("LD_PRELOAD", path("wall_clock.so"))
-                .env("WALL_CLOCK_OFFSET", path("wall_clock.offset"));
+        if let Some(clock) = &self.wall_clock {
+            clock.give_to(command);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     }
@@ -343,10 +340,7 @@ impl RedisServer {
     /// # Panics
     /// If it was not started with [`Builder::own_clock`].
     pub fn set_clock_offset(&self, microseconds: i64) {
-        assert!(self.builder.own_clock, "started without own_clock");
-        // In place and in one write: the server has the file mapped.
-        let file = OpenOptions::new().write(true).open(self.folder.path().join("wall_clock.offset"));
-        file.and_then(|mut file| file.write_all(&microseconds.to_ne_bytes())).expect("the clock can be set");
+        self.wall_clock.as_ref().expect("started with own_clock").set_offset(microseconds);
     }
 
     /// A connection to it, logged in as the default user.
@@ -395,19 +389,6 @@ impl Drop for RedisServer {
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("a bound socket has an address").port()
-}
-
-/// Makes the library that gives a server a wall clock of its own, and the file that says how far it is off.
-fn make_wall_clock(folder: &Path) {
-    std::fs::write(folder.join("wall_clock.c"), include_str!("wall_clock.c"))
-        .and_then(|()| std::fs::write(folder.join("wall_clock.offset"), 0_i64.to_ne_bytes()))
-        .expect("the temporary folder can be written");
-    let compiler = Command::new("cc")
-        .args(["-shared", "-fPIC", "-O2", "-fno-builtin", "-o", "wall_clock.so", "wall_clock.c"])
-        .current_dir(folder)
-        .output();
-    let compiler = compiler.unwrap_or_else(|error| panic!("cc: {error}: apt-get install -y gcc libc6-dev"));
-    assert!(compiler.status.success(), "cc: {}", String::from_utf8_lossy(&compiler.stderr));
 }
 
 #[cfg(test)]
@@ -481,6 +462,7 @@ mod tests {
 
     #[test]
     fn tls_and_the_unix_socket_are_served() {
+        use std::io::Write as _;
         let server = RedisServer::builder().tls().unix_socket().start();
         let mut socket = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
         socket.write_all(b"PING\r\n").unwrap();

@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use super::combine::{Counter, Job, Unanswered};
 use super::config::{Address, RedisConfig};
 use super::reply;
 use crate::clock::{self, Instant};
@@ -27,6 +28,7 @@ const QUEUE: usize = 1024;
 /// A live connection, or one that was alive a moment ago.
 pub(super) struct Link {
     connection: MultiplexedConnection,
+    counter: Counter,
     /// Which connection of the store this is, counted from 1.
     pub(super) generation: u64,
     /// Set when it broke, by whoever noticed first.
@@ -199,7 +201,8 @@ impl Connector {
         let dialled = client.get_multiplexed_async_connection_with_config(&options).await;
         Ok(dialled.map(|connection| {
             let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
-            Arc::new(Link { connection, generation, closed, probing: AtomicBool::new(false) })
+            let counter = Counter::open(connection.clone(), closed.clone());
+            Arc::new(Link { connection, counter, generation, closed, probing: AtomicBool::new(false) })
         }))
     }
 
@@ -243,6 +246,21 @@ impl Connector {
             std::fs::read(path).map_err(|error| Error::invalid(format!("ca {}: {error}", path.display())))?;
         let certificates = TlsCertificates { client_tls: None, root_cert: Some(root) };
         Ok(client.and_then(|info| Client::build_with_tls(info, certificates)))
+    }
+
+    /// Has a claim's job done, together with others that are ready. A refusal by the server is a value.
+    pub(super) async fn submit(&self, link: &Arc<Link>, job: Job, deadline: Instant) -> Result<Value> {
+        let gone = |kind| {
+            link.closed.store(true, Ordering::Release);
+            Err(Error::new(kind, "the runtime that kept the connection has ended").on_store(&self.location))
+        };
+        match clock::timeout_at(deadline, link.counter.submit(&link.connection, job)).await {
+            Some(Ok(value)) => Ok(value),
+            Some(Err(Unanswered::Broken(error))) => Err(self.unanswered(link, Some(error))),
+            Some(Err(Unanswered::NotSent)) => gone(ErrorKind::Unavailable),
+            Some(Err(Unanswered::Ended)) => gone(ErrorKind::Unknown),
+            None => Err(self.unanswered(link, None)),
+        }
     }
 
     /// Sends one command. A refusal by the server is a value.

@@ -88,9 +88,10 @@ impl RedisFence {
         };
         match store.run(&link, deadline, call).await? {
             Value::Int(1) => Ok(Ok(())),
-            Value::BulkString(newest) => {
-                Ok(Err(StaleToken { offered: token, newest: reply::read_token(&newest) }))
-            }
+            Value::BulkString(text) => match reply::read_token(&text) {
+                Some(newest) => Ok(Err(StaleToken { presented: token, newest })),
+                None => Err(reply::unexpected(&Value::BulkString(text)).on_store(&store.connector.location)),
+            },
             other => Err(reply::unexpected(&other).on_store(&store.connector.location)),
         }
     }

@@ -3,6 +3,7 @@
 //! A lock is a plain string key, written with `SET .. NX PX` and removed by compare-and-delete, as many libraries do
 //! it: they and Leasehold exclude each other on one name. `docs/redis.md` tells the rest.
 
+mod combine;
 mod config;
 mod connection;
 mod diagnose;
@@ -14,6 +15,7 @@ mod reply;
 mod script;
 
 use std::fs::File;
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +35,7 @@ use crate::types::{
     Acquired, Claim, FencingToken, Finding, Grant, Guarantees, Held, LockView, MAX_RECORD_BYTES, Page, Query,
     Released, Renewal, Ticket, Woken,
 };
+use combine::{Job, Verb};
 use connection::{Connector, Link};
 use keys::{Keys, Keyspace, owner};
 use reply::{Occupant, Refusal};
@@ -42,8 +45,6 @@ use script::By;
 const LEAST_TTL: Duration = Duration::from_millis(10);
 /// The largest TTL.
 const MOST_TTL: Duration = Duration::from_secs(366 * 24 * 3600);
-/// How long a last token is kept at least.
-const RETENTION_MS: u64 = 24 * 3600 * 1000;
 /// Locks in one renewal command.
 const BATCH: usize = 100;
 
@@ -113,7 +114,8 @@ impl RedisStore {
         let keys = self.keyspace.keys(&claim.name)?;
         let deadline = self.deadline(Some(claim.ttl));
         let link = self.connector.link(deadline).await?;
-        let answer = self.run(&link, deadline, |by| acquire_call(&keys, claim, ttl, by)).await?;
+        let job = wrote(acquire_job(&keys, claim, ttl))?;
+        let answer = self.accepted(self.connector.submit(&link, job, deadline).await?)?;
         let granted = |token, ttl| Acquired::Granted(Grant { token, ttl, session: link.generation });
         match &answer {
             Value::Int(token) => {
@@ -139,7 +141,8 @@ impl RedisStore {
         let deadline = self.deadline(None);
         let link = self.connector.link(deadline).await?;
         let forbid = held.suspect || held.session != link.generation;
-        match self.run(&link, deadline, |by| release_call(&keys, held, forbid, by)).await? {
+        let job = wrote(release_job(&keys, held, forbid))?;
+        match self.accepted(self.connector.submit(&link, job, deadline).await?)? {
             Value::Int(1) => Ok(Released::Released),
             Value::Int(0) => Ok(Released::NotHeld),
             Value::Int(2) => Ok(Released::HeldByOther),
@@ -225,30 +228,34 @@ fn newer_protocol(shown: &str) -> Error {
 }
 
 /// Writing into a command's memory cannot fail; the type says otherwise.
-fn wrote(result: std::io::Result<()>) -> Result<()> {
+fn wrote<T>(result: std::io::Result<T>) -> Result<T> {
     result.map_err(|error| Error::invalid("the command could not be written").caused_by(error))
 }
 
-fn acquire_call(keys: &Keys<'_>, claim: &Claim, ttl: u64, by: By) -> Result<Cmd> {
-    let mut call = script::ACQUIRE.call(by, 3, 4, 3 * keys.bound() + claim.record.len() + 128);
-    wrote(keys.write_lock(&mut call.writer_for_next_arg()))?;
-    wrote(keys.write_fence(&mut call.writer_for_next_arg()))?;
-    wrote(keys.write_gone(claim.id, &mut call.writer_for_next_arg()))?;
-    call.write_arg(&owner(claim.id));
-    call.write_arg(claim.record.as_bytes());
-    call.write_arg_fmt(ttl);
-    call.write_arg_fmt(RETENTION_MS.max(ttl.saturating_mul(2)));
-    Ok(call)
+fn acquire_job(keys: &Keys<'_>, claim: &Claim, ttl: u64) -> std::io::Result<Job> {
+    let mut job = Job::new(Verb::Acquire, 3 * keys.bound() + claim.record.len() + 64);
+    job.push(|out| keys.write_lock(out))?;
+    job.push(|out| keys.write_fence(out))?;
+    job.push(|out| keys.write_gone(claim.id, out))?;
+    job.push(|out| out.write_all(&owner(claim.id)))?;
+    job.push(|out| out.write_all(claim.record.as_bytes()))?;
+    job.push(|out| write!(out, "{ttl}"))?;
+    Ok(job)
 }
 
-fn release_call(keys: &Keys<'_>, held: &Held, forbid: bool, by: By) -> Result<Cmd> {
-    let mut call = script::RELEASE.call(by, 1 + usize::from(forbid), 1, 2 * keys.bound() + 64);
-    wrote(keys.write_lock(&mut call.writer_for_next_arg()))?;
-    if forbid {
-        wrote(keys.write_gone(held.id, &mut call.writer_for_next_arg()))?;
+fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool) -> std::io::Result<Job> {
+    let mut job = Job::new(Verb::Release, if forbid { 2 * keys.bound() + 80 } else { keys.bound() + 40 });
+    job.push(|out| keys.write_lock(out))?;
+    if !forbid {
+        job.push(|out| out.write_all(&owner(held.id)))?;
+        return Ok(job);
     }
-    call.write_arg(&owner(held.id));
-    Ok(call)
+    job.push(|out| {
+        out.write_all(&owner(held.id))?;
+        out.write_all(b"+")
+    })?;
+    job.push(|out| keys.write_gone(held.id, out))?;
+    Ok(job)
 }
 
 fn renew_call(keyspace: &Keyspace, batch: &[Renewable<'_>], by: By) -> Result<Cmd> {

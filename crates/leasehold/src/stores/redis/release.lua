@@ -1,11 +1,30 @@
--- KEYS: lock [, tombstone]. ARGV: owner. Answers: 1 released, 0 not held, 2 held by another.
-local value = redis.pcall('GET', KEYS[1])
-local answer = 2
-if not value then
-  answer = 0
-elseif type(value) == 'string' and string.sub(value, 1, 37) == ARGV[1] then
-  redis.call('DEL', KEYS[1])
-  answer = 1
+-- KEYS: the lock of each claim, then the tombstones wanted. ARGV: owner of each claim, with a + where a tombstone is wanted.
+-- Answers for each: 1 released, 0 not held, 2 held by another.
+local count, wanted = #ARGV, #ARGV
+local seen = redis.call('MGET', unpack(KEYS, 1, count))
+local answers, ended, over = {}, {}, {}
+for i = 1, count do
+  local lock, value, owner = KEYS[i], seen[i], ARGV[i]
+  if #owner > 37 then
+    wanted = wanted + 1
+    over[#over + 1] = KEYS[wanted]
+    owner = string.sub(owner, 1, 37)
+  end
+  if value then
+    if string.sub(value, 1, 37) ~= owner then
+      answers[i] = 2
+    elseif ended[lock] then
+      answers[i] = 0
+    else
+      ended[lock] = true
+      ended[#ended + 1] = lock
+      answers[i] = 1
+    end
+  else
+    -- MGET shows a key of another type as none.
+    answers[i] = redis.call('EXISTS', lock) * 2
+  end
 end
-if KEYS[2] then redis.pcall('SET', KEYS[2], '', 'PX', 3600000) end
-return answer
+if ended[1] then redis.call('DEL', unpack(ended)) end
+for i = 1, #over do redis.pcall('SET', over[i], '', 'PX', 3600000) end
+return answers

@@ -1,0 +1,238 @@
+//! Sends what is ready at the same moment in one command.
+//!
+//! A script call costs the server more than what a lock does in it, and a command costs the client more than its
+//! bytes. So claims and releases that are ready together go together; one that is alone goes alone, at once: nothing
+//! ever waits for company.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use redis::aio::MultiplexedConnection;
+use redis::{Cmd, RedisError, RedisWrite, Value};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use super::reply::Refusal;
+use super::script::{ACQUIRE, By, RELEASE};
+
+/// The most claims in one command: what keeps the server from its other clients for about a millisecond at worst.
+const MOST: usize = 100;
+
+/// What a job asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verb {
+    /// Arguments: lock, fence, tombstone; owner, record, ttl.
+    Acquire,
+    /// Arguments: lock, owner and, if it is wanted, the tombstone.
+    Release,
+}
+
+/// One claim's part of a command.
+#[derive(Debug)]
+pub(super) struct Job {
+    verb: Verb,
+    bytes: Vec<u8>,
+    ends: [usize; 6],
+    count: usize,
+    answer: Option<oneshot::Sender<Result<Value, RedisError>>>,
+}
+
+impl Job {
+    pub(super) fn new(verb: Verb, capacity: usize) -> Self {
+        Self { verb, bytes: Vec::with_capacity(capacity), ends: [0; 6], count: 0, answer: None }
+    }
+
+    /// Adds an argument.
+    pub(super) fn push(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>) -> std::io::Result<()>,
+    ) -> std::io::Result<()> {
+        write(&mut self.bytes)?;
+        self.ends[self.count] = self.bytes.len();
+        self.count += 1;
+        Ok(())
+    }
+
+    fn argument(&self, number: usize) -> &[u8] {
+        let start = if number == 0 { 0 } else { self.ends[number - 1] };
+        &self.bytes[start..self.ends[number]]
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.answer.as_ref().is_some_and(|answer| !answer.is_closed())
+    }
+
+    fn finish(&mut self, answer: Result<Value, RedisError>) {
+        if let Some(sender) = self.answer.take() {
+            // Whoever asked may have gone: then nobody wants to know.
+            let _ = sender.send(answer);
+        }
+    }
+}
+
+/// Calls under way from which on the next ones go together.
+const ALONE: usize = 2;
+/// Commands under way from which on jobs gather. The next answer is then about a tenth of a round trip away: that is
+/// the most that company can cost.
+const UNDER_WAY: usize = 4;
+
+/// Where jobs are handed in.
+#[derive(Debug)]
+pub(super) struct Counter {
+    jobs: mpsc::UnboundedSender<Job>,
+    under_way: AtomicUsize,
+}
+
+/// What became of a job that got no answer.
+#[derive(Debug)]
+pub(super) enum Unanswered {
+    /// Nobody serves any more: nothing was sent.
+    NotSent,
+    /// It may have been done.
+    Broken(RedisError),
+    /// It may have been done; nobody serves any more.
+    Ended,
+}
+
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Counter {
+    /// Serves a connection for as long as the counter lives; to be called on the runtime of the connection.
+    pub(super) fn open(connection: MultiplexedConnection, closed: Arc<AtomicBool>) -> Self {
+        let (jobs, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(serve(receiver, connection, closed));
+        Self { jobs, under_way: AtomicUsize::new(0) }
+    }
+
+    /// Has a job done.
+    pub(super) async fn submit(
+        &self,
+        connection: &MultiplexedConnection,
+        mut job: Job,
+    ) -> Result<Value, Unanswered> {
+        let others = self.under_way.fetch_add(1, Ordering::Relaxed);
+        let _under_way = UnderWay(&self.under_way);
+        if others < ALONE {
+            // Without company the way through the counter would only cost time.
+            let answer = call(&mut connection.clone(), std::slice::from_ref(&job)).await;
+            return answer.map(only).map_err(Unanswered::Broken);
+        }
+        let (sender, receiver) = oneshot::channel();
+        job.answer = Some(sender);
+        self.jobs.send(job).map_err(|_| Unanswered::NotSent)?;
+        receiver.await.map_err(|_| Unanswered::Ended)?.map_err(Unanswered::Broken)
+    }
+}
+
+/// The answer of a command for one job.
+fn only(answer: Value) -> Value {
+    match answer {
+        Value::Array(mut answers) if answers.len() == 1 => answers.swap_remove(0),
+        answer => answer,
+    }
+}
+
+async fn serve(
+    mut jobs: mpsc::UnboundedReceiver<Job>,
+    connection: MultiplexedConnection,
+    closed: Arc<AtomicBool>,
+) {
+    let mut ready = Vec::with_capacity(MOST);
+    // Ends with the counter: a call into a black hole must not keep its connection for ever.
+    let mut calls = JoinSet::new();
+    loop {
+        while calls.try_join_next().is_some() {}
+        if calls.len() >= UNDER_WAY {
+            calls.join_next().await;
+        }
+        if jobs.recv_many(&mut ready, MOST).await == 0 {
+            return;
+        }
+        let (mut acquires, mut releases) = (Vec::new(), Vec::new());
+        for job in ready.drain(..).filter(Job::is_wanted) {
+            match job.verb {
+                Verb::Acquire => acquires.push(job),
+                Verb::Release => releases.push(job),
+            }
+        }
+        for batch in [releases, acquires] {
+            if !batch.is_empty() {
+                calls.spawn(run(batch, connection.clone(), closed.clone()));
+            }
+        }
+    }
+}
+
+async fn run(mut batch: Vec<Job>, mut connection: MultiplexedConnection, closed: Arc<AtomicBool>) {
+    let mut answer = call(&mut connection, &batch).await;
+    if batch.len() > 1 && matches!(answer, Ok(Value::ServerError(_))) {
+        // Refused as a whole: who is meant? Each by itself will tell; what was done already answers as before.
+        for job in &mut batch {
+            let answer = call(&mut connection, std::slice::from_ref(job)).await;
+            finish(std::slice::from_mut(job), answer);
+        }
+        return;
+    }
+    if answer.is_err() {
+        closed.store(true, Ordering::Release);
+    }
+    if let Ok(Value::Array(answers)) = &mut answer
+        && answers.len() == batch.len()
+    {
+        for (job, answer) in batch.iter_mut().zip(answers.drain(..)) {
+            job.finish(Ok(answer));
+        }
+        return;
+    }
+    finish(&mut batch, answer);
+}
+
+fn finish(batch: &mut [Job], answer: Result<Value, RedisError>) {
+    match (batch, answer) {
+        ([job], answer) => job.finish(answer.map(only)),
+        (batch, answer) => batch.iter_mut().for_each(|job| job.finish(answer.clone())),
+    }
+}
+
+async fn call(connection: &mut MultiplexedConnection, batch: &[Job]) -> Result<Value, RedisError> {
+    let answer = connection.send_packed_command(&command(batch, By::Digest)).await?;
+    match &answer {
+        Value::ServerError(error) if Refusal::of(error).is_unknown_script() => {
+            connection.send_packed_command(&command(batch, By::Text)).await
+        }
+        _ => Ok(answer),
+    }
+}
+
+fn command(batch: &[Job], by: By) -> Cmd {
+    let bytes = batch.iter().map(|job| job.bytes.len()).sum();
+    if batch[0].verb == Verb::Acquire {
+        let mut call = ACQUIRE.call(by, 3 * batch.len(), 3 * batch.len(), bytes);
+        for number in 0..3 {
+            write_all(&mut call, batch, number);
+        }
+        for job in batch {
+            (3..6).for_each(|number| call.write_arg(job.argument(number)));
+        }
+        return call;
+    }
+    let tombstones = batch.iter().filter(|job| job.count > 2).count();
+    let mut call = RELEASE.call(by, batch.len() + tombstones, batch.len(), bytes);
+    write_all(&mut call, batch, 0);
+    batch.iter().filter(|job| job.count > 2).for_each(|job| call.write_arg(job.argument(2)));
+    write_all(&mut call, batch, 1);
+    call
+}
+
+/// That argument of every job.
+fn write_all(call: &mut Cmd, batch: &[Job], number: usize) {
+    for job in batch {
+        call.write_arg(job.argument(number));
+    }
+}
