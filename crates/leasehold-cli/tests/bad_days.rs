@@ -1,5 +1,9 @@
 //! What `leasehold run` promises when processes die, stop, or refuse to go: the command is dead before the lock passes on.
-#![allow(clippy::disallowed_methods, reason = "tests measure real time")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "tests fail by panicking and measure real time"
+)]
 
 mod common;
 

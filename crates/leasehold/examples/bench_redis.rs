@@ -63,21 +63,20 @@ enum Contestant {
 }
 
 impl Contestant {
-    async fn cycle(&mut self, name: &str, number: usize) {
+    async fn cycle(&mut self, name: &Name) {
         match self {
             Self::Raw(connection, digest) => {
                 let id = clock::claim_id().to_string();
                 let mut set = redis::cmd("SET");
-                set.arg(name).arg(&id).arg("NX").arg("PX").arg(30_000);
+                set.arg(name.as_bytes()).arg(&id).arg("NX").arg("PX").arg(30_000);
                 connection.send_packed_command(&set).await.unwrap();
                 let mut delete = redis::cmd("EVALSHA");
-                delete.arg(&**digest).arg(1).arg(name).arg(&id);
+                delete.arg(&**digest).arg(1).arg(name.as_bytes()).arg(&id);
                 assert_eq!(connection.send_packed_command(&delete).await.unwrap(), redis::Value::Int(1));
             }
             Self::Store(store, record) => {
-                let name = Name::new(format!("{name}-{number}")).unwrap();
-                let claim =
-                    Claim::new(name, clock::claim_id(), Duration::from_secs(30)).with_record(record.clone());
+                let claim = Claim::new(name.clone(), clock::claim_id(), Duration::from_secs(30))
+                    .with_record(record.clone());
                 let Acquired::Granted(grant) = store.acquire(&claim).await.unwrap() else {
                     panic!("not granted")
                 };
@@ -104,9 +103,9 @@ fn measure(contestant: &Contestant, tasks: usize, span: Duration, threads: usize
                 let mut contestant = contestant.clone();
                 tokio::spawn(async move {
                     let mut cycles = 0_u64;
-                    let name = format!("lock-{number}");
+                    let name = Name::new(format!("lock-{number}")).unwrap();
                     while start.elapsed() < span {
-                        contestant.cycle(&name, number).await;
+                        contestant.cycle(&name).await;
                         cycles += 1;
                     }
                     cycles
@@ -121,6 +120,13 @@ fn measure(contestant: &Contestant, tasks: usize, span: Duration, threads: usize
         let rate = cycles as f64 / start.elapsed().as_secs_f64();
         rate
     })
+}
+
+/// Commands that clients sent: scripts, as the store sends nothing else here.
+fn commands(stats: &mut redis::Connection) -> f64 {
+    let text: String = redis::cmd("INFO").arg("commandstats").query(stats).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls=")).unwrap_or("0");
+    line.split(',').next().unwrap().parse().unwrap()
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -152,18 +158,27 @@ fn main() {
         Record { host: "worker-17".into(), pid: 4821, label: Some("nightly".into()), ..Record::default() };
     let raw = Contestant::Raw(connection, digest.into());
     let ours = Contestant::Store(store, record.encode().into());
+    let mut stats = redis::Client::open(url.as_str()).unwrap().get_connection().unwrap();
+    // `bench_redis SECONDS TASKS` runs the store alone with so many tasks, for a profiler.
+    if let Some(tasks) = std::env::args().nth(2) {
+        println!("{:.0}/s", measure(&ours, tasks.parse().expect("a number of tasks"), span, 1));
+        return;
+    }
     for threads in [1, 2] {
         for tasks in TASKS {
-            let (mut raws, mut stores) = (Vec::new(), Vec::new());
+            let (mut raws, mut stores, mut sent) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..ROUNDS {
                 raws.push(measure(&raw, tasks, span, threads));
+                let before = commands(&mut stats);
                 stores.push(measure(&ours, tasks, span, threads));
+                sent.push((commands(&mut stats) - before) / (stores[stores.len() - 1] * seconds));
             }
             let (raw, ours) = (median(&mut raws), median(&mut stores));
             println!(
-                "{threads} caller threads, {tasks:>3} tasks: raw {raw:>9.0}/s, store {ours:>9.0}/s, throughput {:.2} of raw, wall time {:.2} of raw",
+                "{threads} caller threads, {tasks:>3} tasks: raw {raw:>9.0}/s, store {ours:>9.0}/s, throughput {:.2} of raw, wall time {:.2} of raw, {:.2} commands a cycle",
                 ours / raw,
-                raw / ours
+                raw / ours,
+                median(&mut sent)
             );
         }
     }

@@ -560,3 +560,14 @@ async fn locks_of_one_ttl_are_renewed_together() {
     let calls = store.1.load(Ordering::SeqCst);
     assert!(calls <= 4, "{calls} batches for 1000 locks in one interval");
 }
+
+#[tokio::test]
+async fn a_policy_of_zero_waits_neither_panics_nor_spins() {
+    let (store, locks) = memory();
+    let guard = locks.mutex("a").lock().await.unwrap();
+    let zero = locks.mutex("a").retry(Retry::constant(Duration::ZERO));
+    assert!(zero.lock_for(ms(100)).await.unwrap().is_none());
+    let asked = store.calls(Verb::Acquire);
+    assert!((3..=102).contains(&asked), "{asked} tries in 100 ms");
+    let _ = guard.unlock().await.unwrap();
+}

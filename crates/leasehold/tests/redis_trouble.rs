@@ -54,7 +54,7 @@ fn found<'a>(findings: &'a [Finding], check: &str) -> &'a Finding {
 }
 
 #[test]
-fn a_healthy_server_has_nothing_to_complain_of_and_keeps_no_trace() {
+fn a_healthyserver_has_nothing_to_complain_of_and_keeps_no_trace() {
     let server = Server::start(&["--appendonly", "yes"]);
     block_on(async {
         let store = store(&server.url()).await.unwrap();
@@ -79,7 +79,7 @@ fn a_healthy_server_has_nothing_to_complain_of_and_keeps_no_trace() {
 }
 
 #[test]
-fn a_server_that_is_not_there_is_told_at_once() {
+fn aserver_that_is_not_there_is_told_at_once() {
     let mut server = Server::start(&[]);
     block_on(async {
         let store = store(&server.url()).await.unwrap();
@@ -177,7 +177,7 @@ fn calls_of_many_threads_share_one_redial() {
 }
 
 #[test]
-fn a_silent_server_costs_one_timeout_and_its_connection_is_given_up() {
+fn a_silentserver_costs_one_timeout_and_its_connection_is_given_up() {
     let server = Server::start(&[]);
     block_on(async {
         let store = store(&format!("{}?timeout=200ms", server.url())).await.unwrap();
@@ -252,6 +252,7 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
             "eval",
             "set",
             "mget",
+            "exists",
             "time",
             "get",
             "del",
@@ -372,7 +373,7 @@ fn tls_trusts_the_given_authority_and_no_other() {
         ],
     );
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
-    let _server = Server::start_in(
+    let server = Server::start_in(
         &folder,
         &[
             "--tls-port",
@@ -404,7 +405,7 @@ fn tls_trusts_the_given_authority_and_no_other() {
         assert!(store(&url("127.0.0.1", "empty.crt")).await.is_err());
         // A server that speaks no TLS.
         assert!(
-            store(&format!("rediss://127.0.0.1:{}?timeout=1s", _server.port))
+            store(&format!("rediss://127.0.0.1:{}?timeout=1s", server.port))
                 .await
                 .unwrap_err()
                 .is_transient()
@@ -432,7 +433,7 @@ fn a_unix_socket_and_a_database_number() {
 }
 
 #[test]
-fn a_server_without_hello_is_spoken_to_in_the_older_protocol() {
+fn aserver_without_hello_is_spoken_to_in_the_older_protocol() {
     let server = Server::start(&["--rename-command", "HELLO", ""]);
     block_on(async {
         let store = store(&server.url()).await.unwrap();
@@ -482,7 +483,7 @@ fn a_replica_is_named_and_takes_no_locks() {
 }
 
 #[test]
-fn a_server_with_too_many_clients_says_what_to_do() {
+fn aserver_with_too_many_clients_says_what_to_do() {
     let server = Server::start(&["--maxclients", "2"]);
     let _clients = [server.raw(), server.raw()];
     let error = block_on(store(&server.url())).unwrap_err();
@@ -491,7 +492,7 @@ fn a_server_with_too_many_clients_says_what_to_do() {
 }
 
 #[test]
-fn a_server_that_loads_or_runs_somebodys_script_is_unavailable() {
+fn aserver_that_loads_or_runs_somebodys_script_is_unavailable() {
     let folder = Arc::new(tempfile::tempdir().unwrap());
     {
         let server = Server::start_in(&folder, &["--enable-debug-command", "yes"]);

@@ -98,9 +98,7 @@ impl Running {
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut first = String::new();
         stdout.read_line(&mut first).unwrap();
-        if first.is_empty() {
-            panic!("the command did not start: {:?}", child.wait_with_output());
-        }
+        assert!(!first.is_empty(), "the command did not start: {:?}", child.wait_with_output());
         Self { child, stdout, first: first.trim().to_owned() }
     }
 
