@@ -284,10 +284,10 @@ impl Store for Yielding {
 /// Every async function of the face, dropped after every number of polls it can have, leaves nothing behind.
 #[tokio::test]
 async fn dropping_any_future_at_any_await_leaves_nothing() {
+    type Face = fn(leasehold::Mutex) -> std::pin::Pin<Box<dyn Future<Output = ()>>>;
     let store = Arc::new(MemoryStore::new());
     let locks = Locks::over(Arc::new(Yielding(store.clone()))).unwrap();
     let mutex = locks.mutex("a").retry(Retry::constant(ms(1)));
-    type Face = fn(leasehold::Mutex) -> std::pin::Pin<Box<dyn Future<Output = ()>>>;
     let faces: [(&str, Face); 8] = [
         ("lock", |m| Box::pin(async move { drop(m.lock().await.unwrap()) })),
         ("try_lock", |m| Box::pin(async move { drop(m.try_lock().await.unwrap()) })),

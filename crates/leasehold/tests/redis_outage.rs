@@ -267,6 +267,33 @@ fn rights_taken_away_while_held_are_told_and_the_guard_is_lost_in_time() {
 }
 
 #[test]
+fn a_lock_without_rights_costs_its_neighbours_nothing() {
+    let server = RedisServer::builder().user("app on >hunter2 ~* &* +@all").start();
+    let locks = connect(&format!("redis://app:hunter2@127.0.0.1:{}", server.port()));
+    warm_up(&locks);
+    // Renewals of these two go in one command, and so may claims that are ready together.
+    let (mine, theirs) = (locks.mutex("mine").ttl(ms(1_500)), locks.mutex("theirs").ttl(ms(1_500)));
+    let (kept, forbidden) = (lock(&mine), lock(&theirs));
+    server.cli(&["ACL", "SETUSER", "app", "resetkeys", "~mine*", "~leasehold:*"]);
+    assert_eq!(block_on(forbidden.lost()), Loss::Expired);
+    let before = kept.valid_until();
+    eventually("renewed after the other was lost", || kept.valid_until() > before.plus(ms(500)));
+    assert_eq!(kept.status(), Status::Held);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let claims: Vec<_> = (0..64)
+        .map(|n| {
+            let mutex = locks.mutex(format!("{}-{n}", if n % 8 == 0 { "theirs" } else { "mine" }));
+            runtime.spawn(async move { mutex.lock().await })
+        })
+        .collect();
+    for (n, claim) in claims.into_iter().enumerate() {
+        let answer = runtime.block_on(claim).unwrap();
+        assert_eq!(answer.is_ok(), n % 8 != 0, "{n}: {answer:?}");
+    }
+    assert_eq!(block_on(kept.unlock()).unwrap(), Released::Released);
+}
+
+#[test]
 fn what_stands_at_the_key_is_respected_and_never_touched() {
     let server = RedisServer::start();
     let locks = connect(&server.url());
