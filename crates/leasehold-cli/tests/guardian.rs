@@ -106,7 +106,8 @@ fn a_command_is_not_started_once_the_lock_cannot_be_trusted() {
 #[test]
 fn a_command_is_not_started_for_a_runner_that_is_gone() {
     let place = Place::new();
-    let mut orphan = ByHand::new(&place, "15", u64::MAX, &["touch", "ran"]);
+    // Nobody would stop it.
+    let mut orphan = ByHand::new(&place, "ignore", u64::MAX, &["touch", "ran"]);
     let pid = orphan.stop();
     orphan.hand_over_stdin();
     orphan.control = File::open("/dev/null").unwrap().into();
