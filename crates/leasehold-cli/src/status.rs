@@ -1,19 +1,58 @@
 //! What `run` tells: messages for people on standard error, events for programs.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write as _;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use leasehold::Holder;
 use serde_json::{Value, json};
 
 use crate::view;
 
+/// A thread that writes events: whoever asked for them and does not read them must not stop the command.
+#[derive(Debug)]
+struct Events {
+    lines: Sender<String>,
+    /// Ends when all is written.
+    written: Receiver<()>,
+}
+
+impl Events {
+    /// How long the end of a run waits for a reader of its last events.
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    fn to(mut file: File) -> Self {
+        let (lines, to_write) = channel::<String>();
+        let (at_the_end, written) = channel();
+        std::thread::spawn(move || {
+            for line in to_write {
+                let _ = file.write_all(line.as_bytes());
+            }
+            drop(at_the_end);
+        });
+        Self { lines, written }
+    }
+
+    fn finish(self) {
+        drop(self.lines);
+        let _ = self.written.recv_timeout(Self::PATIENCE);
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        if let Some(events) = self.events.take() {
+            events.finish();
+        }
+    }
+}
+
 /// Where messages and events go.
 #[derive(Debug)]
 pub(crate) struct Reporter {
     name: String,
-    events: RefCell<Option<File>>,
+    events: Option<Events>,
     json: bool,
     quiet_if_busy: bool,
 }
@@ -22,7 +61,7 @@ impl Reporter {
     /// For the lock `name`; events go to `events`, and to standard error instead of messages if `json`. On standard error
     /// nothing is said of other holders if `quiet_if_busy`.
     pub(crate) fn new(name: &leasehold::Name, events: Option<File>, json: bool, quiet_if_busy: bool) -> Self {
-        Self { name: name.to_string(), events: RefCell::new(events), json, quiet_if_busy }
+        Self { name: name.to_string(), events: events.map(Events::to), json, quiet_if_busy }
     }
 
     /// Tells an event, and what a person is told of it, if anything.
@@ -40,9 +79,8 @@ impl Reporter {
             object.extend(details);
         }
         let line = view::json_line(&object);
-        if let Some(file) = &mut *self.events.borrow_mut() {
-            // Whoever asked for events and does not read them any more must not stop the command.
-            let _ = file.write_all(line.as_bytes());
+        if let Some(events) = &self.events {
+            let _ = events.lines.send(line.clone());
         }
         if !aloud {
             return;

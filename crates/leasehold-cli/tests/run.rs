@@ -234,6 +234,23 @@ fn hold_at_least_keeps_others_out_after_a_fast_command() {
 }
 
 #[test]
+fn events_that_nobody_reads_stop_nothing() {
+    use std::os::fd::AsFd as _;
+    let place = Place::new();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
+    rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(writer.as_fd(), &[b'x'; 512]).is_ok() {}
+    rustix::fs::fcntl_setfl(&writer, flags).unwrap();
+    let mut command = place.leasehold(["run", "--status-fd", "1", "x", "-c", "echo > ran; exit 4"]);
+    let mut running = command.stdout(writer).spawn().unwrap();
+    drop(command);
+    eventually("it runs", || place.path("ran").exists());
+    assert_eq!(running.wait().unwrap().code(), Some(4));
+    assert!(place.is_free());
+}
+
+#[test]
 fn events_tell_the_whole_story() {
     let place = Place::new();
     let shell = "\"$0\" run --status-fd 5 --label why --meta k=v x -c 'echo $LEASEHOLD_TOKEN' 5> events";
