@@ -267,7 +267,10 @@ impl Shared {
             drop(state);
             by_ttl.entry(ttl).or_default().push((Turn(Some(cell)), held));
         }
-        let next = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
+        let first = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
+        // What was planned stays planned, also when the lock that it was for is gone: the next lock then finds the thread
+        // due early enough and need not wake it. Waking once for nothing is cheaper than once for each lock.
+        let next = if table.planned > now { first.min(table.planned) } else { first };
         table.planned = next;
         let releases = std::mem::take(&mut table.releases);
         let closing = table.closing;
