@@ -133,10 +133,12 @@ fn the_command_reads_the_terminal_alone_and_in_a_pipeline() {
 fn interrupt_goes_to_the_command_once() {
     let place = Place::new();
     let mut terminal = Terminal::new(&place);
-    let script = "trap \"echo hit; n=\\$((n+1))\" INT; echo pid $$; until [ $n ]; do sleep 0.02; done; sleep 0.3; exit $n";
+    // Each `wait` ends at a signal: two signals would be two hits.
+    let script = "trap \"echo hit\" INT; echo pid $$; sleep 0.7 & wait $!; wait $!; wait $!; exit 1";
     terminal.pid_after(&format!("$L run x -- bash -c '{script}'; echo code $?\n"));
     terminal.types("\x03");
-    terminal.shows("code 1");
+    let until_the_end = terminal.shows("code 1");
+    assert_eq!(until_the_end.matches("hit").count(), 1, "{until_the_end}");
     terminal.pid_after("$L run x -- sh -c 'echo pid $$; exec sleep 100'\n");
     terminal.types("\x03");
     terminal.types("echo code $?\n");

@@ -487,7 +487,7 @@ fn slots_are_the_ones_of_a_real_cluster() {
     for round in 0..2000_u32 {
         let random = *clock::claim_id().as_bytes();
         let name: Vec<u8> =
-            random[..=(round as usize % 15)].iter().map(|byte| alphabet[usize::from(byte & 7)]).collect();
+            random[..=round as usize % 15].iter().map(|byte| alphabet[usize::from(byte & 7)]).collect();
         let prefix: &[u8] = [&b""[..], b"p:", b"{", b"{t}"][round as usize % 4];
         let keys = key_names(prefix, &Name::new(&name).unwrap(), ClaimId::from_bytes(random)).unwrap();
         let mut slot = |key: &[u8]| cmd::<i64>(&mut raw, &[b"CLUSTER", b"KEYSLOT", key]);

@@ -72,9 +72,9 @@ impl Job {
 
 /// Calls under way from which on the next ones go together.
 const ALONE: usize = 2;
-/// Commands under way from which on jobs gather. The next answer is then about a tenth of a round trip away: that is
+/// Commands under way from which on jobs gather. The next answer is then about an eighth of a round trip away: that is
 /// the most that company can cost.
-const UNDER_WAY: usize = 4;
+const UNDER_WAY: usize = 8;
 
 /// Where jobs are handed in.
 #[derive(Debug)]
