@@ -284,22 +284,14 @@ impl Shared {
 
     async fn renew(self: Arc<Self>, batch: Vec<(Arc<Cell>, Held)>) {
         let (cells, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-        let sent = clock::look();
-        let answers = self.store.renew(&held).await;
-        let now = clock::look();
-        debug_assert_eq!(answers.len(), cells.len());
-        let mut answers = answers.into_iter();
-        for cell in &cells {
-            let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-            let next = cell.settle_renewal(sent, &answer, now, self.phase);
-            if let Next::At(due) = next {
-                self.plan(cell, due);
-            }
-        }
+        let mut renewing = Renewing { shared: self, cells, sent: clock::look() };
+        let answers = renewing.shared.store.renew(&held).await;
+        renewing.settle(answers);
     }
 
     /// Releases until the store answers or the lease has ended anyway.
     async fn release(self: Arc<Self>, held: Held, until: Instant) {
+        let _outstanding = Outstanding(&self);
         let mut back_off = Duration::from_millis(20);
         loop {
             match self.store.release(&held).await {
@@ -319,14 +311,49 @@ impl Shared {
             clock::sleep_until(again).await;
             back_off = (back_off * 2).min(Duration::from_secs(1));
         }
-        let mut table = lock(&self.table);
+    }
+}
+
+/// A batch whose renewal is under way. Each of its claims is settled, whatever becomes of it: also if the store panics.
+struct Renewing {
+    shared: Arc<Shared>,
+    cells: Vec<Arc<Cell>>,
+    sent: Now,
+}
+
+impl Renewing {
+    fn settle(&mut self, answers: Vec<Result<Renewal>>) {
+        let now = clock::look();
+        let mut answers = answers.into_iter();
+        for cell in std::mem::take(&mut self.cells) {
+            let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
+            let next = cell.settle_renewal(self.sent, &answer, now, self.shared.phase);
+            if let Next::At(due) = next {
+                self.shared.plan(&cell, due);
+            }
+        }
+    }
+}
+
+impl Drop for Renewing {
+    fn drop(&mut self) {
+        self.settle(Vec::new());
+    }
+}
+
+/// A release under way in the background: counted until it has ended, however it does.
+struct Outstanding<'a>(&'a Shared);
+
+impl Drop for Outstanding<'_> {
+    fn drop(&mut self) {
+        let mut table = lock(&self.0.table);
         table.outstanding -= 1;
         let idle = table.outstanding == 0;
         drop(table);
         if idle {
-            self.idle.notify_all();
-            self.idle_bell.notify_waiters();
-            self.bell.notify_one();
+            self.0.idle.notify_all();
+            self.0.idle_bell.notify_waiters();
+            self.0.bell.notify_one();
         }
     }
 }
@@ -563,10 +590,12 @@ fn lost_error(held: &Held, loss: Loss) -> Error {
     Error::new(ErrorKind::Lost, format!("the lock was lost: {loss}")).for_name(&held.name)
 }
 
-/// When even a release that never got through has become pointless.
+/// When even a release that never got through has become pointless: the store may have run a renewal just now whose
+/// answer did not come.
 fn release_deadline(cell: &Cell) -> Instant {
     let state = lock(&cell.state);
-    state.lease.valid_until().plus(drift(state.lease.ttl())).max(clock::now().plus(Duration::from_secs(1)))
+    let ttl = state.lease.ttl();
+    state.lease.valid_until().plus(drift(ttl)).max(clock::now().plus(ttl).plus(Duration::from_secs(1)))
 }
 
 /// A release under way: dropped before its answer, it is handed to the keeper.
