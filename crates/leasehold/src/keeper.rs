@@ -241,6 +241,7 @@ impl Shared {
     fn collect(&self) -> (Vec<Vec<(Arc<Cell>, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
         let now = clock::now();
         let mut by_ttl: HashMap<Duration, Vec<(Arc<Cell>, Held)>> = HashMap::new();
+        let mut lost = Vec::new();
         let mut table = lock(&self.table);
         while let Some(entry) = table.due.first_entry() {
             if entry.key().0 > now {
@@ -249,7 +250,13 @@ impl Shared {
             let cell = entry.remove();
             let mut state = lock(&cell.state);
             state.due = None;
-            if state.phase != Phase::Held || state.settle(&cell, now) {
+            if state.phase != Phase::Held {
+                continue;
+            }
+            if let Some(loss) = state.lease.loss(now) {
+                state.version += 1;
+                drop(state);
+                lost.push((cell, loss));
                 continue;
             }
             if state.in_flight {
@@ -272,6 +279,11 @@ impl Shared {
         let releases = std::mem::take(&mut table.releases);
         let closing = table.closing;
         drop(table);
+        // Whoever is told, or listens to what is logged, may come back to the table.
+        for (cell, loss) in lost {
+            cell.changed.notify_waiters();
+            cell.tell_loss(loss);
+        }
         let mut batches = Vec::new();
         for (_, mut cells) in by_ttl {
             while !cells.is_empty() {
@@ -386,19 +398,6 @@ enum Phase {
     Done,
 }
 
-impl State {
-    /// Notices a loss by time; true if the lock is lost.
-    fn settle(&mut self, cell: &Cell, now: Instant) -> bool {
-        let lost = self.lease.loss(now);
-        if let Some(loss) = lost {
-            self.version += 1;
-            cell.changed.notify_waiters();
-            tracing::warn!(lock = %cell.held.name, token = %cell.token, %loss, "lock lost");
-        }
-        lost.is_some()
-    }
-}
-
 impl Cell {
     /// The claim as held.
     pub(crate) fn held(&self) -> &Held {
@@ -462,6 +461,10 @@ impl Cell {
         }
     }
 
+    fn tell_loss(&self, loss: Loss) {
+        tracing::warn!(lock = %self.held.name, token = %self.token, %loss, "lock lost");
+    }
+
     /// Takes in a renewal's answer and tells those who wait for a change.
     fn settle_renewal(&self, sent: Now, answer: &Result<Renewal>, now: Now, phase: Duration) -> Next {
         let mut state = lock(&self.state);
@@ -470,14 +473,17 @@ impl Cell {
         let was_lost = state.lease.loss(now.boot).is_some();
         let next = state.lease.after_renewal(sent, outcome, now, phase);
         state.version += 1;
-        if state.phase == Phase::Held && !was_lost {
-            if let Some(loss) = state.lease.loss(now.boot) {
-                tracing::warn!(lock = %self.held.name, token = %self.token, %loss, "lock lost");
+        let loss = state.lease.loss(now.boot);
+        let is_news = state.phase == Phase::Held && !was_lost;
+        // Whoever listens to what is logged may look at the guard.
+        drop(state);
+        if is_news {
+            if let Some(loss) = loss {
+                self.tell_loss(loss);
             } else if let Err(error) = answer {
                 tracing::warn!(lock = %self.held.name, token = %self.token, %error, "renewal failed, trying again");
             }
         }
-        drop(state);
         self.changed.notify_waiters();
         next
     }
