@@ -146,9 +146,10 @@ impl Guard {
     /// # Round trips
     /// One.
     pub async fn leak(mut self) -> Result<FencingToken> {
+        // First, so that no renewal in the background follows, which would bind it to this process again.
+        self.keeper.leave(&self.cell);
         self.keeper.renew_now(&self.cell, |held| held.binding = Binding::Expiry).await?;
         self.armed = false;
-        self.keeper.leave(&self.cell);
         Ok(self.fencing_token())
     }
 }

@@ -238,9 +238,10 @@ impl Shared {
 
     /// Takes what is due now: batches to renew, each of one TTL, and releases to begin.
     #[expect(clippy::type_complexity, reason = "private, and each part is named at the only call")]
-    fn collect(&self) -> (Vec<Vec<(Turn, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
+    fn collect(&self) -> (Vec<Vec<(Arc<Cell>, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
         let now = clock::now();
-        let mut by_ttl: HashMap<Duration, Vec<(Turn, Held)>> = HashMap::new();
+        let mut by_ttl: HashMap<Duration, Vec<(Arc<Cell>, Held)>> = HashMap::new();
+        let mut lost = Vec::new();
         let mut table = lock(&self.table);
         while let Some(entry) = table.due.first_entry() {
             if entry.key().0 > now {
@@ -249,7 +250,13 @@ impl Shared {
             let cell = entry.remove();
             let mut state = lock(&cell.state);
             state.due = None;
-            if state.phase != Phase::Held || state.settle(&cell, now) {
+            if state.phase != Phase::Held {
+                continue;
+            }
+            if let Some(loss) = state.lease.loss(now) {
+                state.version += 1;
+                drop(state);
+                lost.push((cell, loss));
                 continue;
             }
             if state.in_flight {
@@ -265,7 +272,7 @@ impl Shared {
             held.extend = state.lease.extension(now);
             let ttl = state.lease.ttl();
             drop(state);
-            by_ttl.entry(ttl).or_default().push((Turn(Some(cell)), held));
+            by_ttl.entry(ttl).or_default().push((cell, held));
         }
         let first = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
         // What was planned stays planned, also when the lock that it was for is gone: the next lock then finds the thread
@@ -275,6 +282,11 @@ impl Shared {
         let releases = std::mem::take(&mut table.releases);
         let closing = table.closing;
         drop(table);
+        // Whoever is told, or listens to what is logged, may come back to the table.
+        for (cell, loss) in lost {
+            cell.changed.notify_waiters();
+            cell.tell_loss(loss);
+        }
         let mut batches = Vec::new();
         for (_, mut cells) in by_ttl {
             while !cells.is_empty() {
@@ -285,29 +297,16 @@ impl Shared {
         (batches, releases, next, closing)
     }
 
-    async fn renew(self: Arc<Self>, batch: Vec<(Turn, Held)>) {
-        let (turns, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-        let sent = clock::look();
-        let answers = self.store.renew(&held).await;
-        let now = clock::look();
-        debug_assert_eq!(answers.len(), turns.len());
-        let mut answers = answers.into_iter();
-        for turn in turns {
-            let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-            self.settle(turn, sent, &answer, now);
-        }
-    }
-
-    /// Ends a turn with the answer to its renewal, and plans the next.
-    fn settle(&self, mut turn: Turn, sent: Now, answer: &Result<Renewal>, now: Now) {
-        let Some(cell) = turn.0.take() else { return };
-        if let Next::At(due) = cell.settle_renewal(sent, answer, now, self.phase) {
-            self.plan(&cell, due);
-        }
+    async fn renew(self: Arc<Self>, batch: Vec<(Arc<Cell>, Held)>) {
+        let (cells, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+        let mut renewing = Renewing { shared: self, cells, sent: clock::look() };
+        let answers = renewing.shared.store.renew(&held).await;
+        renewing.settle(answers);
     }
 
     /// Releases until the store answers or the lease has ended anyway.
     async fn release(self: Arc<Self>, held: Held, until: Instant) {
+        let _outstanding = Outstanding(&self);
         let mut back_off = Duration::from_millis(20);
         loop {
             match self.store.release(&held).await {
@@ -327,14 +326,49 @@ impl Shared {
             clock::sleep_until(again).await;
             back_off = (back_off * 2).min(Duration::from_secs(1));
         }
-        let mut table = lock(&self.table);
+    }
+}
+
+/// A batch whose renewal is under way. Each of its claims is settled, whatever becomes of it: also if the store panics.
+struct Renewing {
+    shared: Arc<Shared>,
+    cells: Vec<Arc<Cell>>,
+    sent: Now,
+}
+
+impl Renewing {
+    fn settle(&mut self, answers: Vec<Result<Renewal>>) {
+        let now = clock::look();
+        let mut answers = answers.into_iter();
+        for cell in std::mem::take(&mut self.cells) {
+            let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
+            let next = cell.settle_renewal(self.sent, &answer, now, self.shared.phase);
+            if let Next::At(due) = next {
+                self.shared.plan(&cell, due);
+            }
+        }
+    }
+}
+
+impl Drop for Renewing {
+    fn drop(&mut self) {
+        self.settle(Vec::new());
+    }
+}
+
+/// A release under way in the background: counted until it has ended, however it does.
+struct Outstanding<'a>(&'a Shared);
+
+impl Drop for Outstanding<'_> {
+    fn drop(&mut self) {
+        let mut table = lock(&self.0.table);
         table.outstanding -= 1;
         let idle = table.outstanding == 0;
         drop(table);
         if idle {
-            self.idle.notify_all();
-            self.idle_bell.notify_waiters();
-            self.bell.notify_one();
+            self.0.idle.notify_all();
+            self.0.idle_bell.notify_waiters();
+            self.0.bell.notify_one();
         }
     }
 }
@@ -365,19 +399,6 @@ enum Phase {
     Held,
     /// Being released, or left alone: never renewed again.
     Done,
-}
-
-impl State {
-    /// Notices a loss by time; true if the lock is lost.
-    fn settle(&mut self, cell: &Cell, now: Instant) -> bool {
-        let lost = self.lease.loss(now);
-        if let Some(loss) = lost {
-            self.version += 1;
-            cell.changed.notify_waiters();
-            tracing::warn!(lock = %cell.held.name, token = %cell.token, %loss, "lock lost");
-        }
-        lost.is_some()
-    }
 }
 
 impl Cell {
@@ -443,6 +464,10 @@ impl Cell {
         }
     }
 
+    fn tell_loss(&self, loss: Loss) {
+        tracing::warn!(lock = %self.held.name, token = %self.token, %loss, "lock lost");
+    }
+
     /// Takes in a renewal's answer and tells those who wait for a change.
     fn settle_renewal(&self, sent: Now, answer: &Result<Renewal>, now: Now, phase: Duration) -> Next {
         let mut state = lock(&self.state);
@@ -451,14 +476,17 @@ impl Cell {
         let was_lost = state.lease.loss(now.boot).is_some();
         let next = state.lease.after_renewal(sent, outcome, now, phase);
         state.version += 1;
-        if state.phase == Phase::Held && !was_lost {
-            if let Some(loss) = state.lease.loss(now.boot) {
-                tracing::warn!(lock = %self.held.name, token = %self.token, %loss, "lock lost");
+        let loss = state.lease.loss(now.boot);
+        let is_news = state.phase == Phase::Held && !was_lost;
+        // Whoever listens to what is logged may look at the guard.
+        drop(state);
+        if is_news {
+            if let Some(loss) = loss {
+                self.tell_loss(loss);
             } else if let Err(error) = answer {
                 tracing::warn!(lock = %self.held.name, token = %self.token, %error, "renewal failed, trying again");
             }
         }
-        drop(state);
         self.changed.notify_waiters();
         next
     }
@@ -502,7 +530,7 @@ impl Keeper {
         let answer = self.store().renew(std::slice::from_ref(&held)).await;
         let answer =
             answer.into_iter().next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-        self.shared.settle(turn, sent, &answer, clock::look());
+        turn.settle(&self.shared, sent, &answer);
         let _ = answer?;
         let mut state = lock(&cell.state);
         let now = clock::now();
@@ -567,10 +595,12 @@ fn lost_error(held: &Held, loss: Loss) -> Error {
     Error::new(ErrorKind::Lost, format!("the lock was lost: {loss}")).for_name(&held.name)
 }
 
-/// When even a release that never got through has become pointless.
+/// When even a release that never got through has become pointless: the store may have run a renewal just now whose
+/// answer did not come.
 fn release_deadline(cell: &Cell) -> Instant {
     let state = lock(&cell.state);
-    state.lease.valid_until().plus(drift(state.lease.ttl())).max(clock::now().plus(Duration::from_secs(1)))
+    let ttl = state.lease.ttl();
+    state.lease.valid_until().plus(drift(ttl)).max(clock::now().plus(ttl).plus(Duration::from_secs(1)))
 }
 
 /// A release under way: dropped before its answer, it is handed to the keeper.
@@ -585,9 +615,18 @@ impl Drop for Releasing<'_> {
     }
 }
 
-/// The right to renew, given back if whatever had it is dropped before the answer.
+/// The right to renew for a guard that asks now, given back if its future is dropped before the answer.
 #[derive(Debug)]
 struct Turn(Option<Arc<Cell>>);
+
+impl Turn {
+    fn settle(mut self, shared: &Shared, sent: Now, answer: &Result<Renewal>) {
+        let Some(cell) = self.0.take() else { return };
+        if let Next::At(due) = cell.settle_renewal(sent, answer, clock::look(), shared.phase) {
+            shared.plan(&cell, due);
+        }
+    }
+}
 
 impl Drop for Turn {
     fn drop(&mut self) {

@@ -603,3 +603,17 @@ fn a_command_refused_as_a_whole_costs_only_whom_it_concerns() {
         }
     });
 }
+
+#[test]
+fn a_renewal_that_asks_for_little_costs_the_others_of_its_batch_no_answer() {
+    let (server, store) = fresh();
+    let mut raw = server.raw();
+    block_on(async {
+        let mut short = hold(&store, &claim("short")).await;
+        let long = hold(&store, &claim("long")).await;
+        short.extend = Some(Duration::from_millis(10));
+        cmd::<()>(&mut raw, &[b"CLIENT", b"PAUSE", b"200"]);
+        let answers = store.renew(&[short, long]).await;
+        assert!(matches!(answers[1], Ok(Renewal::Renewed(_))), "{answers:?}");
+    });
+}

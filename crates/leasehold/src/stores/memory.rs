@@ -311,7 +311,7 @@ impl Store for MemoryStore {
             })
             .map(|(name, entry)| entry.view(name, now))
             .filter(|view| view.holder.is_some())
-            .take(limit + 1)
+            .take(limit.saturating_add(1))
             .collect();
         let more = items.len() > limit;
         items.truncate(limit);
