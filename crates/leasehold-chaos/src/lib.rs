@@ -23,19 +23,6 @@ use std::time::{Duration, Instant};
 /// How long any wait of this crate goes on before it panics: long, because it is only ever reached by a failure.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The Python that has PyPI's `redis`.
-///
-/// # Panics
-/// If it is not there, with the line that gets it.
-#[must_use]
-#[track_caller]
-pub fn python() -> std::path::PathBuf {
-    let workspace = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let python = workspace.join("target/test-tools/python/bin/python");
-    assert!(python.exists(), "redis-py is not installed: run scripts/install-test-tools");
-    python
-}
-
 /// Asks `done` again and again until it says yes; for facts that send no event, such as a counter of a server.
 ///
 /// # Panics

@@ -128,8 +128,11 @@ impl Shared {
             .wait_timeout_while(state, PATIENCE, |state| !done(state))
             .unwrap_or_else(PoisonError::into_inner);
         if timeout.timed_out() {
-            let names: Vec<_> = state.log.iter().map(Command::name).collect();
-            panic!("the proxy waited {PATIENCE:?} for {what}; it saw {} commands: {names:?}", names.len());
+            let last: Vec<_> = state.log.iter().rev().take(10).map(Command::name).collect();
+            panic!(
+                "the proxy waited {PATIENCE:?} for {what}; of {} commands the last were {last:?}",
+                state.log.len()
+            );
         }
     }
 }
@@ -384,13 +387,13 @@ fn forward_requests(shared: &Shared, id: u64, mut client: TcpStream, server: &Tc
         let mut first_of_chunk = true;
         while let Some((args, length)) = parse_command(&buffer) {
             let request: Vec<u8> = buffer.drain(..length).collect();
-            let hit = note_request(shared, id, args, std::mem::take(&mut first_of_chunk));
-            match hit {
-                Some((_, Fault::CutBeforeRequest)) => {
+            match note_request(shared, id, args, std::mem::take(&mut first_of_chunk)) {
+                Meets::TheEnd => return,
+                Meets::Fault(_, Fault::CutBeforeRequest) => {
                     let _ = client.shutdown(Shutdown::Both);
                     return;
                 }
-                Some((rule, Fault::HoldRequest)) => {
+                Meets::Fault(rule, Fault::HoldRequest) => {
                     shared.block_while(|state| !state.progress[&rule].released);
                 }
                 _ => {}
@@ -403,10 +406,21 @@ fn forward_requests(shared: &Shared, id: u64, mut client: TcpStream, server: &Tc
     }
 }
 
+/// What is to become of a command.
+enum Meets {
+    Nothing,
+    Fault(u64, Fault),
+    /// Its connection was cut before it was read.
+    TheEnd,
+}
+
 /// Writes a command down and finds the fault that it is to meet.
-fn note_request(shared: &Shared, id: u64, args: Vec<Vec<u8>>, first_of_chunk: bool) -> Option<(u64, Fault)> {
+fn note_request(shared: &Shared, id: u64, args: Vec<Vec<u8>>, first_of_chunk: bool) -> Meets {
     let command = Command { connection: id, args };
     shared.change(|state| {
+        if !state.connections.contains_key(&id) {
+            return Meets::TheEnd;
+        }
         let mut hit = None;
         for (index, rule) in state.rules.iter_mut().enumerate() {
             if (rule.matches)(&command) {
@@ -433,12 +447,13 @@ fn note_request(shared: &Shared, id: u64, args: Vec<Vec<u8>>, first_of_chunk: bo
             }
         }
         state.log.push(command);
-        hit
+        hit.map_or(Meets::Nothing, |(rule, fault)| Meets::Fault(rule, fault))
     })
 }
 
 fn forward_replies(shared: &Shared, id: u64, mut server: &TcpStream, mut client: &TcpStream) {
     let (mut buffer, mut chunk) = (Vec::new(), vec![0; 64 * 1024]);
+    let mut client_gone = false;
     loop {
         match server.read(&mut chunk) {
             Ok(0) | Err(_) => return,
@@ -457,15 +472,12 @@ fn forward_replies(shared: &Shared, id: u64, mut server: &TcpStream, mut client:
                 std::thread::sleep(delay);
             }
             shared.block_while(|state| state.frozen);
-            let written = client.write_all(&reply);
+            let written = if client_gone { Ok(()) } else { client.write_all(&reply) };
             if let Some((rule, Fault::HoldReply)) = hit {
                 shared.change(|state| state.progress.entry(rule).or_default().passed = true);
             }
-            if written.is_err() {
-                // The server may still have to run what a fault holds back: keep its side open until it closes.
-                let _ = std::io::copy(&mut server, &mut std::io::sink());
-                return;
-            }
+            // The server may still have to run what a fault holds back: its answers are taken in, for nobody.
+            client_gone |= written.is_err();
         }
     }
 }
@@ -473,6 +485,10 @@ fn forward_replies(shared: &Shared, id: u64, mut server: &TcpStream, mut client:
 fn note_reply(shared: &Shared, id: u64) -> Option<(u64, Fault)> {
     shared.change(|state| {
         let hit = state.connections.get_mut(&id)?.pending.pop_front().flatten();
+        if let Some((_, Fault::CutBeforeReply)) = hit {
+            // Commands of this connection that were read and not yet sent are lost with it.
+            state.connections.remove(&id);
+        }
         match hit {
             Some((rule, Fault::CutBeforeReply | Fault::HoldReply)) => {
                 state.progress.entry(rule).or_default().hit = true;

@@ -27,7 +27,7 @@ mod wire;
 
 #[cfg(target_os = "linux")]
 pub(crate) use self::{
-    front::{Surroundings, as_front, has_terminal},
+    front::{Input, Surroundings, as_front, has_terminal, os_string},
     guarded::{Guarded, open_descriptor},
     guardian::Orders,
     signals::{Outside, Signals, asks_to_end, number as signal_number},

@@ -28,8 +28,13 @@ pub(crate) fn main(arguments: Vec<OsString>) -> u8 {
             return if error.use_stderr() { exit::USAGE } else { 0 };
         }
     };
-    let store = cli.store.or_else(|| std::env::var("LEASEHOLD_STORE").ok().filter(|url| !url.is_empty()));
-    let store = store.unwrap_or_else(|| DEFAULT_STORE.into());
+    let store = match store(cli.store) {
+        Ok(store) => store,
+        Err(wrong) => {
+            say(wrong);
+            return exit::USAGE;
+        }
+    };
     match cli.command {
         Command::Run(args) => run_command(*args, &store, &typed, behind),
         Command::Ls(args) => answer(ls::run(&store, &args)),
@@ -37,6 +42,18 @@ pub(crate) fn main(arguments: Vec<OsString>) -> u8 {
         Command::Doctor(args) => answer(doctor::run(&store, &args)),
         Command::Completions { shell } => output(generate::completions(shell)),
         Command::Man { folder } => output(generate::man(folder.as_deref())),
+    }
+}
+
+/// Where the locks are. A variable that is set and names nothing is refused: falling back to the embedded file would
+/// let two machines in together.
+fn store(flag: Option<String>) -> Result<String, &'static str> {
+    match (flag, std::env::var_os("LEASEHOLD_STORE").map(OsString::into_string)) {
+        (Some(url), _) => Ok(url),
+        (None, None) => Ok(DEFAULT_STORE.into()),
+        (None, Some(Ok(url))) if !url.is_empty() => Ok(url),
+        (None, Some(Ok(_))) => Err("LEASEHOLD_STORE is empty: unset it to use the embedded file"),
+        (None, Some(Err(_))) => Err("LEASEHOLD_STORE is not valid UTF-8"),
     }
 }
 

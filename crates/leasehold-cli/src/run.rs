@@ -1,7 +1,6 @@
 //! `leasehold run`: acquire, start the command under a guardian, feed the guardian deadlines, release after the reap.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt as _;
 use std::pin::pin;
 
 use leasehold::clock::{self, Instant};
@@ -132,7 +131,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// From the grant to the release.
-    async fn under(mut self, guard: Guard, mut orders: Orders, stdin: std::os::fd::OwnedFd) -> u8 {
+    async fn under(mut self, guard: Guard, mut orders: Orders, stdin: child::Input) -> u8 {
         let granted_at = clock::now();
         self.tell_acquired(&guard);
         let leash = self.plan.leash;
@@ -280,7 +279,7 @@ impl Run<'_> {
 
     fn environment(&self, guard: &Guard) -> Vec<(&'static str, OsString)> {
         vec![
-            ("LEASEHOLD_NAME", OsString::from_vec(self.plan.name.as_bytes().to_vec())),
+            ("LEASEHOLD_NAME", child::os_string(self.plan.name.as_bytes())),
             ("LEASEHOLD_TOKEN", guard.fencing_token().to_string().into()),
             ("LEASEHOLD_OWNER", guard.claim_id().to_string().into()),
             ("LEASEHOLD_TTL_MS", self.plan.ttl.as_millis().to_string().into()),

@@ -75,5 +75,6 @@ impl Reporter {
 
 /// Writes one line of ours to standard error.
 pub(crate) fn say(message: &str) {
-    let _ = writeln!(anstream::stderr(), "leasehold: {message}");
+    // In one piece, so that lines of several processes do not mix.
+    let _ = std::io::stderr().write_all(format!("leasehold: {message}\n").as_bytes());
 }

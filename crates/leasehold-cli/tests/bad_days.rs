@@ -1,5 +1,9 @@
 //! What `leasehold run` promises when processes die, stop, or refuse to go: the command is dead before the lock passes on.
-#![allow(clippy::disallowed_methods, reason = "tests measure real time")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "tests fail by panicking and measure real time"
+)]
 
 mod common;
 
@@ -43,7 +47,7 @@ fn successor(place: &Place, pids: [i32; 2]) -> std::process::Child {
 fn a_killed_runner_takes_the_command_with_it_before_the_next_gets_in() {
     for (name, script) in STUBBORN {
         let place = Place::new();
-        let mut running = place.start(&["--ttl", "20s", "-k", "200ms"], script);
+        let mut running = place.start(&["--ttl", "10m", "-k", "200ms"], script);
         let pids = both(&place, &running);
         let mut next = successor(&place, pids);
         running.signal(Signal::KILL);
@@ -66,6 +70,24 @@ fn a_runner_that_was_stopped_past_its_ttl_finds_its_command_dead() {
         let (code, _, err) = running.end();
         assert_eq!(code, Some(123), "{name}: {err}");
         assert!(err.contains("the lock x was not renewed in time"), "{name}: {err}");
+    }
+}
+
+#[test]
+fn on_a_server_too_the_command_is_dead_before_the_lock_passes_on() {
+    let server = leasehold_chaos::servers::RedisServer::builder().start();
+    for (name, script) in STUBBORN {
+        for signal in [Signal::KILL, Signal::STOP] {
+            let place = Place { folder: tempfile::tempdir().unwrap(), store: Some(server.url()) };
+            let mut running = place.start(&["--ttl", "1s"], script);
+            let pids = both(&place, &running);
+            let mut next = successor(&place, pids);
+            running.signal(signal);
+            assert_eq!(next.wait().unwrap().code(), Some(0), "{name}, {signal:?}");
+            running.child.kill().unwrap();
+            running.child.wait().unwrap();
+            assert!(place.is_free(), "{name}");
+        }
     }
 }
 

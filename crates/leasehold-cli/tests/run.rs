@@ -1,5 +1,9 @@
 //! `leasehold run`: exit codes, options, and what passes between user and command.
-#![allow(clippy::disallowed_methods, reason = "tests measure real time")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "tests fail by panicking and measure real time"
+)]
 
 mod common;
 
@@ -109,6 +113,13 @@ fn the_command_finds_its_lock_in_the_environment_and_tokens_grow() {
         assert!(token > last, "{token} after {last}");
         last = token;
     }
+    for bad in [std::ffi::OsStr::new(""), std::os::unix::ffi::OsStrExt::from_bytes(b"sqlite:\xff")] {
+        let mut command = place.leasehold(["run", "x", "--", "touch", "ran"]);
+        let output = command.env("LEASEHOLD_STORE", bad).output().unwrap();
+        assert_eq!(output.status.code(), Some(64), "{output:?}");
+        assert!(text(&output.stderr).contains("LEASEHOLD_STORE is"), "{output:?}");
+    }
+    assert!(!place.path("ran").exists());
     let mut without =
         place.leasehold(["--store", &place.url(), "run", "x", "-c", "echo ${LEASEHOLD_STORE-unset}"]);
     assert_eq!(text(&without.env_remove("LEASEHOLD_STORE").output().unwrap().stdout), "unset\n");

@@ -64,7 +64,9 @@ impl Guard {
         self.cell.valid_until()
     }
 
-    /// Resolves when the lock is lost, before the store can grant it anew; with the reason. It does not borrow the guard.
+    /// Resolves when the lock is lost, before the store can grant it anew; with the reason. It does not borrow the guard,
+    /// and it tells nothing any more once the guard was unlocked or dropped: then it resolves when the lease would have
+    /// ended.
     ///
     /// # Cancel safety
     /// Safe: it only watches.

@@ -238,9 +238,9 @@ impl Shared {
 
     /// Takes what is due now: batches to renew, each of one TTL, and releases to begin.
     #[expect(clippy::type_complexity, reason = "private, and each part is named at the only call")]
-    fn collect(&self) -> (Vec<Vec<(Arc<Cell>, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
+    fn collect(&self) -> (Vec<Vec<(Turn, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
         let now = clock::now();
-        let mut by_ttl: HashMap<Duration, Vec<(Arc<Cell>, Held)>> = HashMap::new();
+        let mut by_ttl: HashMap<Duration, Vec<(Turn, Held)>> = HashMap::new();
         let mut lost = Vec::new();
         let mut table = lock(&self.table);
         while let Some(entry) = table.due.first_entry() {
@@ -272,9 +272,12 @@ impl Shared {
             held.extend = state.lease.extension(now);
             let ttl = state.lease.ttl();
             drop(state);
-            by_ttl.entry(ttl).or_default().push((cell, held));
+            by_ttl.entry(ttl).or_default().push((Turn(Some(cell)), held));
         }
-        let next = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
+        let first = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
+        // What was planned stays planned, also when the lock that it was for is gone: the next lock then finds the thread
+        // due early enough and need not wake it. Waking once for nothing is cheaper than once for each lock.
+        let next = if table.planned > now { first.min(table.planned) } else { first };
         table.planned = next;
         let releases = std::mem::take(&mut table.releases);
         let closing = table.closing;
@@ -294,11 +297,19 @@ impl Shared {
         (batches, releases, next, closing)
     }
 
-    async fn renew(self: Arc<Self>, batch: Vec<(Arc<Cell>, Held)>) {
-        let (cells, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-        let mut renewing = Renewing { shared: self, cells, sent: clock::look() };
+    async fn renew(self: Arc<Self>, batch: Vec<(Turn, Held)>) {
+        let (turns, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+        let mut renewing = Renewing { shared: self, turns, sent: clock::look() };
         let answers = renewing.shared.store.renew(&held).await;
         renewing.settle(answers);
+    }
+
+    /// Ends a turn with the answer to its renewal, and plans the next.
+    fn settle(&self, mut turn: Turn, sent: Now, answer: &Result<Renewal>, now: Now) {
+        let Some(cell) = turn.0.take() else { return };
+        if let Next::At(due) = cell.settle_renewal(sent, answer, now, self.phase) {
+            self.plan(&cell, due);
+        }
     }
 
     /// Releases until the store answers or the lease has ended anyway.
@@ -329,7 +340,7 @@ impl Shared {
 /// A batch whose renewal is under way. Each of its claims is settled, whatever becomes of it: also if the store panics.
 struct Renewing {
     shared: Arc<Shared>,
-    cells: Vec<Arc<Cell>>,
+    turns: Vec<Turn>,
     sent: Now,
 }
 
@@ -337,12 +348,9 @@ impl Renewing {
     fn settle(&mut self, answers: Vec<Result<Renewal>>) {
         let now = clock::look();
         let mut answers = answers.into_iter();
-        for cell in std::mem::take(&mut self.cells) {
+        for turn in std::mem::take(&mut self.turns) {
             let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-            let next = cell.settle_renewal(self.sent, &answer, now, self.shared.phase);
-            if let Next::At(due) = next {
-                self.shared.plan(&cell, due);
-            }
+            self.shared.settle(turn, self.sent, &answer, now);
         }
     }
 }
@@ -517,7 +525,7 @@ impl Keeper {
             }
             if !state.in_flight {
                 state.in_flight = true;
-                break Turn(cell);
+                break Turn(Some(cell.clone()));
             }
         };
         let sent = clock::look();
@@ -525,13 +533,9 @@ impl Keeper {
         adjust(&mut held);
         held.extend = held.extend.and_then(|wanted| lock(&cell.state).lease.bounded(sent.boot, wanted));
         let answer = self.store().renew(std::slice::from_ref(&held)).await;
-        std::mem::forget(turn);
         let answer =
             answer.into_iter().next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-        let next = cell.settle_renewal(sent, &answer, clock::look(), self.shared.phase);
-        if let Next::At(due) = next {
-            self.shared.plan(cell, due);
-        }
+        self.shared.settle(turn, sent, &answer, clock::look());
         let _ = answer?;
         let mut state = lock(&cell.state);
         let now = clock::now();
@@ -616,15 +620,17 @@ impl Drop for Releasing<'_> {
     }
 }
 
-/// The right to renew, given back if the future that had it is dropped.
-struct Turn<'a>(&'a Arc<Cell>);
+/// The right to renew, given back if whatever had it is dropped before the answer.
+#[derive(Debug)]
+struct Turn(Option<Arc<Cell>>);
 
-impl Drop for Turn<'_> {
+impl Drop for Turn {
     fn drop(&mut self) {
-        let mut state = lock(&self.0.state);
+        let Some(cell) = self.0.take() else { return };
+        let mut state = lock(&cell.state);
         state.in_flight = false;
         state.version += 1;
         drop(state);
-        self.0.changed.notify_waiters();
+        cell.changed.notify_waiters();
     }
 }

@@ -603,7 +603,7 @@ mod tests {
     #[test]
     fn names_are_bounded_and_the_reserved_prefix_is_refused() {
         for bad in ["", "leasehold:", "leasehold:{x}:fence:x", &"x".repeat(513), &"x".repeat(10 << 20)] {
-            assert!(Name::new(bad).is_err(), "{:.20}", bad);
+            assert!(Name::new(bad).is_err(), "{bad:.20}");
         }
         for good in ["x", "leasehold", "Leasehold:x", " leasehold:", &"x".repeat(512)] {
             assert!(Name::new(good).is_ok(), "{good:.20}");

@@ -1,5 +1,6 @@
 //! From a URL to a store: the only room that knows every store.
 
+#[cfg(feature = "sqlite")]
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -140,16 +141,21 @@ impl Place {
             "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix" => {
                 RedisConfig::from_url(url).map(|config| Self::Redis(Box::new(config)))
             }
-            #[cfg(not(all(feature = "redis", feature = "sqlite")))]
-            "sqlite" | "redis" | "rediss" | "valkey" | "valkeys" => Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("this build was made without the {scheme}: store"),
-            )),
+            #[cfg(not(feature = "sqlite"))]
+            "sqlite" => Err(not_built_in(scheme)),
+            #[cfg(not(feature = "redis"))]
+            "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix" => {
+                Err(not_built_in(scheme))
+            }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
                 .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite: and memory:")),
         }
     }
 
+    #[cfg_attr(
+        not(feature = "redis"),
+        expect(unused_variables, clippy::unused_async, reason = "Redis needs both")
+    )]
     async fn open(self, runtime: &Handle) -> Result<Arc<dyn Store>> {
         match self {
             Self::Memory => Ok(Arc::new(MemoryStore::new())),
@@ -159,6 +165,11 @@ impl Place {
             Self::Redis(config) => Ok(RedisStore::connect(*config, runtime.clone()).await?),
         }
     }
+}
+
+#[cfg(not(all(feature = "redis", feature = "sqlite")))]
+fn not_built_in(scheme: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("this build was made without the {scheme}: store"))
 }
 
 /// The path of `sqlite:PATH`, `sqlite://PATH` (absolute) or `sqlite:` (the default).

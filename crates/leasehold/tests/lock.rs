@@ -284,10 +284,10 @@ impl Store for Yielding {
 /// Every async function of the face, dropped after every number of polls it can have, leaves nothing behind.
 #[tokio::test]
 async fn dropping_any_future_at_any_await_leaves_nothing() {
+    type Face = fn(leasehold::Mutex) -> std::pin::Pin<Box<dyn Future<Output = ()>>>;
     let store = Arc::new(MemoryStore::new());
     let locks = Locks::over(Arc::new(Yielding(store.clone()))).unwrap();
     let mutex = locks.mutex("a").retry(Retry::constant(ms(1)));
-    type Face = fn(leasehold::Mutex) -> std::pin::Pin<Box<dyn Future<Output = ()>>>;
     let faces: [(&str, Face); 8] = [
         ("lock", |m| Box::pin(async move { drop(m.lock().await.unwrap()) })),
         ("try_lock", |m| Box::pin(async move { drop(m.try_lock().await.unwrap()) })),
@@ -559,4 +559,15 @@ async fn locks_of_one_ttl_are_renewed_together() {
     // Taken one after the other, over one boundary of the grid at most.
     let calls = store.1.load(Ordering::SeqCst);
     assert!(calls <= 4, "{calls} batches for 1000 locks in one interval");
+}
+
+#[tokio::test]
+async fn a_policy_of_zero_waits_neither_panics_nor_spins() {
+    let (store, locks) = memory();
+    let guard = locks.mutex("a").lock().await.unwrap();
+    let zero = locks.mutex("a").retry(Retry::constant(Duration::ZERO));
+    assert!(zero.lock_for(ms(100)).await.unwrap().is_none());
+    let asked = store.calls(Verb::Acquire);
+    assert!((3..=102).contains(&asked), "{asked} tries in 100 ms");
+    let _ = guard.unlock().await.unwrap();
 }

@@ -3,6 +3,8 @@
 
 mod bad_days;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use bad_days::{abandon, about, acquires, connect, linked, linked_to, lock, lock_soon, ms, releases, renews};
@@ -271,6 +273,72 @@ fn after_a_known_unlock_nothing_is_sent_for_the_lock() {
         proxy.forget();
     }
     assert_eq!(proxy.count(about("a")), 0);
+}
+
+#[test]
+fn a_storm_of_cuts_breaks_no_exclusion_and_leaves_nothing() {
+    const NAMES: usize = 4;
+    const TASKS: usize = 64;
+    const FAULTS: usize = 60;
+    let (server, proxy, locks) = linked_to(RedisServer::start(), "?timeout=400ms");
+    let stop = Arc::new(AtomicBool::new(false));
+    let inside: Arc<[AtomicU64; NAMES]> = Arc::default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let tasks: Vec<_> = (0..TASKS)
+        .map(|task| {
+            let (stop, inside) = (stop.clone(), inside.clone());
+            let mutex = locks.mutex(format!("storm-{}", task % NAMES)).ttl(ms(120_000));
+            runtime.spawn(async move {
+                let (mut granted, mut last) = (0, None);
+                while !stop.load(Ordering::Relaxed) {
+                    match mutex.lock().await {
+                        Ok(guard) => {
+                            assert_eq!(inside[task % NAMES].fetch_add(1, Ordering::SeqCst), 0, "two holders");
+                            tokio::task::yield_now().await;
+                            inside[task % NAMES].fetch_sub(1, Ordering::SeqCst);
+                            assert!(Some(guard.fencing_token()) > last, "the token grew");
+                            (granted, last) = (granted + 1, Some(guard.fencing_token()));
+                            // One in four lets the drop do it.
+                            if granted % 4 == 0 {
+                                drop(guard);
+                            } else if let Err(error) = guard.unlock().await {
+                                assert!(error.is_transient(), "{error}");
+                            }
+                        }
+                        Err(error) => assert!(error.is_transient(), "{error}"),
+                    }
+                }
+                granted
+            })
+        })
+        .collect();
+    for number in 0..FAULTS {
+        let fault = [Fault::CutBeforeReply, Fault::HoldRequest, Fault::CutBeforeRequest][number % 3];
+        let hit = proxy.inject_nth(1 + number % 7, fault, leasehold_chaos::proxy::Command::is_script);
+        hit.wait();
+        if fault == Fault::HoldRequest {
+            // It arrives when the client has long gone on, over another connection.
+            hit.cut_client();
+            let accepted = proxy.accepted();
+            eventually("the client has dialled again", || proxy.accepted() > accepted);
+            proxy.forget();
+            proxy.wait_for(3, leasehold_chaos::proxy::Command::is_script);
+            hit.release();
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    // Far less than the TTL: a lock that was taken for nobody would hold them up.
+    let deadline = clock::now().plus(leasehold_chaos::PATIENCE);
+    let mut granted = 0;
+    for task in tasks {
+        let ended = runtime.block_on(clock::timeout_at(deadline, task));
+        granted += ended.expect("no lock stays behind").unwrap();
+    }
+    assert!(granted > FAULTS as u64, "{granted} grants");
+    block_on(locks.close());
+    for name in 0..NAMES {
+        assert_eq!(server.cli(&["EXISTS", &format!("storm-{name}")]), "0", "storm-{name} was left behind");
+    }
 }
 
 #[test]

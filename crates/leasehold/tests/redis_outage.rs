@@ -134,15 +134,43 @@ fn a_frozen_server_makes_lost_before_it_can_grant_anew() {
     let others = connect(&format!("{}?timeout=300ms", server.url()));
     let guard = lock(&locks.mutex("a").ttl(ms(1_000)));
     server.pause();
-    assert_eq!(block_on(guard.lost()), Loss::Expired);
-    // Now it wakes, with renewals of the old holder in its socket: they come too late.
+    let frozen = clock::now();
+    let waiter = thread::spawn(move || block_on(others.mutex("a").ttl(ms(30_000)).lock_for(ms(20_000))));
+    // By its clock the key ends while it is frozen: it could grant from the very moment that it wakes.
+    block_on(clock::sleep_until(frozen.plus(ms(1_000))));
+    assert_eq!((guard.status(), guard.remaining()), (Status::Lost, ms(0)), "lost before that moment");
     server.resume();
-    let next = lock_soon(&others.mutex("a"));
-    assert!(guard.valid_until() < clock::now());
+    // Renewals of the old holder may be in its socket: they come too late.
+    let next = match waiter.join().unwrap() {
+        Ok(next) => next.expect("free in time"),
+        // The first look of the other fails fast on a server that does not answer.
+        Err(error) if error.is_transient() => lock_soon(&locks.mutex("a")),
+        Err(error) => panic!("{error}"),
+    };
     assert!(next.fencing_token() > guard.fencing_token());
-    assert_eq!(guard.status(), Status::Lost);
+    assert_eq!(block_on(guard.lost()), Loss::Expired);
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::HeldByOther);
     assert_eq!(block_on(next.unlock()).unwrap(), Released::Released);
+}
+
+#[test]
+fn a_server_that_cannot_save_refuses_everything_and_the_guard_is_lost_in_time() {
+    let server = RedisServer::builder().args(["--enable-protected-configs", "yes"]).start();
+    let locks = connect(&server.url());
+    let guard = lock(&locks.mutex("a").ttl(ms(2_000)));
+    let folder = server.folder().join("gone");
+    std::fs::create_dir(&folder).unwrap();
+    assert_eq!(server.cli(&["CONFIG", "SET", "dir", folder.to_str().unwrap(), "save", "3600 1"]), "OK");
+    std::fs::remove_dir(&folder).unwrap();
+    server.cli(&["BGSAVE"]);
+    eventually("the snapshot failed", || {
+        server.cli(&["INFO", "persistence"]).contains("rdb_last_bgsave_status:err")
+    });
+    let error = block_on(locks.mutex("b").lock()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    assert_eq!(block_on(guard.lost()), Loss::Expired);
+    assert_eq!(server.cli(&["CONFIG", "SET", "save", ""]), "OK");
+    assert_eq!(block_on(lock_soon(&locks.mutex("a")).unlock()).unwrap(), Released::Released);
 }
 
 #[test]
@@ -236,6 +264,33 @@ fn rights_taken_away_while_held_are_told_and_the_guard_is_lost_in_time() {
     let told = format!("{error} {error:?} {locks:?} {guard:?}");
     assert!(!told.contains("hunter2"), "{told}");
     assert_eq!(block_on(guard.lost()), Loss::Expired);
+}
+
+#[test]
+fn a_lock_without_rights_costs_its_neighbours_nothing() {
+    let server = RedisServer::builder().user("app on >hunter2 ~* &* +@all").start();
+    let locks = connect(&format!("redis://app:hunter2@127.0.0.1:{}", server.port()));
+    warm_up(&locks);
+    // Renewals of these two go in one command, and so may claims that are ready together.
+    let (mine, theirs) = (locks.mutex("mine").ttl(ms(1_500)), locks.mutex("theirs").ttl(ms(1_500)));
+    let (kept, forbidden) = (lock(&mine), lock(&theirs));
+    server.cli(&["ACL", "SETUSER", "app", "resetkeys", "~mine*", "~leasehold:*"]);
+    assert_eq!(block_on(forbidden.lost()), Loss::Expired);
+    let before = kept.valid_until();
+    eventually("renewed after the other was lost", || kept.valid_until() > before.plus(ms(500)));
+    assert_eq!(kept.status(), Status::Held);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let claims: Vec<_> = (0..64)
+        .map(|n| {
+            let mutex = locks.mutex(format!("{}-{n}", if n % 8 == 0 { "theirs" } else { "mine" }));
+            runtime.spawn(async move { mutex.lock().await })
+        })
+        .collect();
+    for (n, claim) in claims.into_iter().enumerate() {
+        let answer = runtime.block_on(claim).unwrap();
+        assert_eq!(answer.is_ok(), n % 8 != 0, "{n}: {answer:?}");
+    }
+    assert_eq!(block_on(kept.unlock()).unwrap(), Released::Released);
 }
 
 #[test]

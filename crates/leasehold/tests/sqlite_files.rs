@@ -16,6 +16,8 @@ use pollster::block_on;
 use tempfile::TempDir;
 
 const LONG: Duration = Duration::from_secs(3600);
+/// Far more than a slow machine needs, so that what never happens fails and does not hang.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn place() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -62,6 +64,16 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(format!("{}{suffix}", path.display()))
 }
 
+/// Waits for an event that has no signal of its own.
+#[track_caller]
+fn until(mut done: impl FnMut() -> bool) {
+    let start = clock::now();
+    while !done() {
+        assert!(clock::now().since(start) < PATIENCE, "it does not happen");
+        block_on(clock::sleep(Duration::from_millis(5)));
+    }
+}
+
 #[test]
 fn every_file_is_private() {
     let folder = tempfile::tempdir().unwrap();
@@ -98,9 +110,7 @@ fn a_store_that_ends_leaves_nothing_but_the_database_and_the_gate() {
         names.sort();
         (names, fs::read_dir(beside(&path, "-live")).unwrap().count())
     };
-    while left() != (["locks.db", "locks.db-gate", "locks.db-live"].map(String::from).to_vec(), 0) {
-        block_on(clock::sleep(Duration::from_millis(5)));
-    }
+    until(|| left() == (["locks.db", "locks.db-gate", "locks.db-live"].map(String::from).to_vec(), 0));
 }
 
 #[test]
@@ -175,9 +185,7 @@ fn a_damaged_database_is_refused() {
         let _held = take(&store, &claim(&number.to_string()));
     }
     drop(store);
-    while beside(&path, "-wal").exists() {
-        block_on(clock::sleep(Duration::from_millis(5)));
-    }
+    until(|| !beside(&path, "-wal").exists());
     let whole = fs::read(&path).unwrap();
     let mut garbled = whole.clone();
     garbled[4096..].iter_mut().for_each(|byte| *byte = byte.wrapping_mul(31).wrapping_add(7));

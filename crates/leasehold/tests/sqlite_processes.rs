@@ -20,6 +20,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 const LONG: Duration = Duration::from_secs(3600);
+/// Far more than a slow machine needs, so that what never happens fails and does not hang.
+const PATIENCE: Duration = Duration::from_secs(60);
 const MARK: &str = "@@ ";
 
 fn place() -> (TempDir, PathBuf) {
@@ -45,8 +47,11 @@ fn attempt(store: &SqliteStore) -> Option<Grant> {
 }
 
 /// Waits for an event that has no signal of its own.
+#[track_caller]
 fn attempt_until_granted(store: &SqliteStore) -> Grant {
+    let start = clock::now();
     loop {
+        assert!(clock::now().since(start) < PATIENCE, "it is never granted");
         match attempt(store) {
             Some(grant) => return grant,
             None => block_on(clock::sleep(Duration::from_millis(5))),
@@ -247,16 +252,35 @@ fn a_lock_passes_on_only_when_the_whole_family_is_dead() {
     let _ = attempt_until_granted(&store);
 }
 
-#[test]
-fn processes_are_never_inside_together() {
+/// Four processes count to 200; between the start of the first two and of the others `meanwhile` is done.
+fn count_together(meanwhile: impl FnOnce(&Path)) {
     let (_folder, path) = place();
     let file = path.with_extension("count");
     fs::write(&file, "0").unwrap();
-    let mut all: Vec<_> = (0..4).map(|_| Process::start("count", &path, LONG)).collect();
+    let mut all: Vec<_> = (0..2).map(|_| Process::start("count", &path, LONG)).collect();
+    meanwhile(&path);
+    all.extend((0..2).map(|_| Process::start("count", &path, LONG)));
     for process in &mut all {
         assert_eq!(process.line(), "counted");
     }
     assert_eq!(fs::read_to_string(&file).unwrap(), "200");
+}
+
+#[test]
+fn processes_are_never_inside_together() {
+    count_together(|_| ());
+}
+
+#[test]
+fn without_one_gate_they_are_not_inside_together_either() {
+    count_together(|path| {
+        let gate = path.with_file_name("locks.db-gate");
+        let start = clock::now();
+        while fs::remove_file(&gate).is_err() {
+            assert!(clock::now().since(start) < PATIENCE, "no gate was made");
+            block_on(clock::sleep(Duration::from_millis(1)));
+        }
+    });
 }
 
 #[test]
@@ -325,7 +349,7 @@ fn a_full_disk_is_a_clear_error_and_takes_no_lock_away() {
 
 #[test]
 fn a_read_only_disk_is_a_clear_error() {
-    let empty = "mount -t tmpfs tmpfs \"$0\"; mount -o remount,ro \"$0\"";
+    let empty = "mount -t tmpfs tmpfs \"$0\"; mount -o remount,bind,ro \"$0\"";
     let (_folder, mut process) = on_a_disk(empty, "open");
     let error = process.line();
     assert!(error.starts_with("Rejected") && error.contains("Read-only file system"), "{error}");
@@ -333,7 +357,7 @@ fn a_read_only_disk_is_a_clear_error() {
     let (source, path) = place();
     drop(open(&path));
     let copied = format!(
-        "mount -t tmpfs tmpfs \"$0\"; cp {} \"$0\"; mount -o remount,ro \"$0\"",
+        "mount -t tmpfs tmpfs \"$0\"; cp {} \"$0\"; mount -o remount,bind,ro \"$0\"",
         source.path().join("locks.db").display()
     );
     let (_folder, mut process) = on_a_disk(&copied, "open");

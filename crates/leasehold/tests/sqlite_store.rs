@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::future::Future;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -20,6 +21,8 @@ use pollster::block_on;
 use tempfile::TempDir;
 
 const LONG: Duration = Duration::from_secs(3600);
+/// Far more than a slow machine needs, so that what never happens fails and does not hang.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn place() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -64,8 +67,11 @@ fn show(store: &SqliteStore, text: &str) -> LockView {
 }
 
 /// Waits for an event that has no signal of its own.
+#[track_caller]
 fn until(mut done: impl FnMut() -> bool) {
+    let start = clock::now();
     while !done() {
+        assert!(clock::now().since(start) < PATIENCE, "it does not happen");
         block_on(clock::sleep(Duration::from_millis(5)));
     }
 }
@@ -181,10 +187,14 @@ fn a_request_that_nobody_waits_for_any_more_is_not_run() {
     let store = open(&path);
     let gate = fs::OpenOptions::new().write(true).open(folder.path().join("locks.db-gate")).unwrap();
     gate.lock().unwrap();
+    let inode = format!(":{} ", gate.metadata().unwrap().ino());
+    let is_waiting = |line: &str| line.contains("-> FLOCK") && line.contains(&inode);
     let claims: Vec<Claim> = (0..3).map(|_| claim("a", LONG)).collect();
     for gone in &claims {
         let mut asking = Box::pin(store.acquire(gone));
         assert!(asking.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        // The first has come as far as the gate, the others wait behind it.
+        until(|| fs::read_to_string("/proc/locks").unwrap().lines().any(is_waiting));
     }
     gate.unlock().unwrap();
     let view = show(&store, "a");

@@ -45,9 +45,15 @@ pub(crate) fn asks_to_end(_: i32) -> bool {
     true
 }
 
+pub(crate) type Input = ();
+
+pub(crate) fn os_string(bytes: &[u8]) -> OsString {
+    String::from_utf8_lossy(bytes).into_owned().into()
+}
+
 #[derive(Debug)]
 pub(crate) struct Surroundings {
-    pub(crate) stdin: (),
+    pub(crate) stdin: Input,
     pub(crate) group: Option<i32>,
     pub(crate) front: Option<()>,
 }

@@ -25,11 +25,19 @@ use super::wire::{self, Ended, Message};
 use crate::exit;
 use crate::plan::RunPlan;
 
+/// A standard input that was taken up.
+pub(crate) type Input = OwnedFd;
+
+/// Bytes as the system takes them for an argument or a variable.
+pub(crate) fn os_string(bytes: &[u8]) -> OsString {
+    OsStr::from_bytes(bytes).into()
+}
+
 /// Where a runner finds itself.
 #[derive(Debug)]
 pub(crate) struct Surroundings {
     /// The standard input meant for the command.
-    pub(crate) stdin: OwnedFd,
+    pub(crate) stdin: Input,
     /// The process group that the command is to join; `None`: one of its own.
     pub(crate) group: Option<i32>,
     /// The connection to the front.

@@ -17,11 +17,13 @@ pub(crate) const LEASEHOLD: &str = env!("CARGO_BIN_EXE_leasehold");
 /// A folder with a store of its own.
 pub(crate) struct Place {
     pub(crate) folder: TempDir,
+    /// Another store than the embedded file.
+    pub(crate) store: Option<String>,
 }
 
 impl Place {
     pub(crate) fn new() -> Self {
-        Self { folder: TempDir::new().unwrap() }
+        Self { folder: TempDir::new().unwrap(), store: None }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -29,7 +31,7 @@ impl Place {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("sqlite:{}", self.path("locks.db").display())
+        self.store.clone().unwrap_or_else(|| format!("sqlite:{}", self.path("locks.db").display()))
     }
 
     /// `leasehold` with these arguments, in this place, without a terminal: its process is the runner.
@@ -98,9 +100,7 @@ impl Running {
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut first = String::new();
         stdout.read_line(&mut first).unwrap();
-        if first.is_empty() {
-            panic!("the command did not start: {:?}", child.wait_with_output());
-        }
+        assert!(!first.is_empty(), "the command did not start: {:?}", child.wait_with_output());
         Self { child, stdout, first: first.trim().to_owned() }
     }
 

@@ -5,7 +5,7 @@
 //! ever waits for company.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, RedisError, RedisWrite, Value};
@@ -70,23 +70,71 @@ impl Job {
     }
 }
 
+/// Calls under way from which on the next ones go together.
+const ALONE: usize = 2;
+/// Commands under way from which on jobs gather. The next answer is then about an eighth of a round trip away: that is
+/// the most that company can cost.
+const UNDER_WAY: usize = 8;
+
 /// Where jobs are handed in.
 #[derive(Debug)]
-pub(super) struct Counter(mpsc::UnboundedSender<Job>);
+pub(super) struct Counter {
+    jobs: mpsc::UnboundedSender<Job>,
+    under_way: AtomicUsize,
+}
+
+/// What became of a job that got no answer.
+#[derive(Debug)]
+pub(super) enum Unanswered {
+    /// Nobody serves any more: nothing was sent.
+    NotSent,
+    /// It may have been done.
+    Broken(RedisError),
+    /// It may have been done; nobody serves any more.
+    Ended,
+}
+
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl Counter {
     /// Serves a connection for as long as the counter lives; to be called on the runtime of the connection.
     pub(super) fn open(connection: MultiplexedConnection, closed: Arc<AtomicBool>) -> Self {
-        let (sender, receiver) = mpsc::unbounded_channel();
+        let (jobs, receiver) = mpsc::unbounded_channel();
         tokio::spawn(serve(receiver, connection, closed));
-        Self(sender)
+        Self { jobs, under_way: AtomicUsize::new(0) }
     }
 
-    /// Hands a job in. `None` if nobody serves any more: nothing was sent.
-    pub(super) fn submit(&self, mut job: Job) -> Option<oneshot::Receiver<Result<Value, RedisError>>> {
+    /// Has a job done.
+    pub(super) async fn submit(
+        &self,
+        connection: &MultiplexedConnection,
+        mut job: Job,
+    ) -> Result<Value, Unanswered> {
+        let others = self.under_way.fetch_add(1, Ordering::Relaxed);
+        let _under_way = UnderWay(&self.under_way);
+        if others < ALONE {
+            // Without company the way through the counter would only cost time.
+            let answer = call(&mut connection.clone(), std::slice::from_ref(&job)).await;
+            return answer.map(only).map_err(Unanswered::Broken);
+        }
         let (sender, receiver) = oneshot::channel();
         job.answer = Some(sender);
-        self.0.send(job).ok().map(|()| receiver)
+        self.jobs.send(job).map_err(|_| Unanswered::NotSent)?;
+        receiver.await.map_err(|_| Unanswered::Ended)?.map_err(Unanswered::Broken)
+    }
+}
+
+/// The answer of a command for one job.
+fn only(answer: Value) -> Value {
+    match answer {
+        Value::Array(mut answers) if answers.len() == 1 => answers.swap_remove(0),
+        answer => answer,
     }
 }
 
@@ -98,7 +146,14 @@ async fn serve(
     let mut ready = Vec::with_capacity(MOST);
     // Ends with the counter: a call into a black hole must not keep its connection for ever.
     let mut calls = JoinSet::new();
-    while jobs.recv_many(&mut ready, MOST).await > 0 {
+    loop {
+        while calls.try_join_next().is_some() {}
+        if calls.len() >= UNDER_WAY {
+            calls.join_next().await;
+        }
+        if jobs.recv_many(&mut ready, MOST).await == 0 {
+            return;
+        }
         let (mut acquires, mut releases) = (Vec::new(), Vec::new());
         for job in ready.drain(..).filter(Job::is_wanted) {
             match job.verb {
@@ -111,7 +166,6 @@ async fn serve(
                 calls.spawn(run(batch, connection.clone(), closed.clone()));
             }
         }
-        while calls.try_join_next().is_some() {}
     }
 }
 
@@ -141,9 +195,7 @@ async fn run(mut batch: Vec<Job>, mut connection: MultiplexedConnection, closed:
 
 fn finish(batch: &mut [Job], answer: Result<Value, RedisError>) {
     match (batch, answer) {
-        ([job], Ok(Value::Array(mut answers))) if answers.len() == 1 => {
-            job.finish(Ok(answers.swap_remove(0)))
-        }
+        ([job], answer) => job.finish(answer.map(only)),
         (batch, answer) => batch.iter_mut().for_each(|job| job.finish(answer.clone())),
     }
 }
@@ -162,17 +214,25 @@ fn command(batch: &[Job], by: By) -> Cmd {
     let bytes = batch.iter().map(|job| job.bytes.len()).sum();
     if batch[0].verb == Verb::Acquire {
         let mut call = ACQUIRE.call(by, 3 * batch.len(), 3 * batch.len(), bytes);
-        for numbers in [0..3, 3..6] {
-            for job in batch {
-                numbers.clone().for_each(|number| call.write_arg(job.argument(number)));
-            }
+        for number in 0..3 {
+            write_all(&mut call, batch, number);
+        }
+        for job in batch {
+            (3..6).for_each(|number| call.write_arg(job.argument(number)));
         }
         return call;
     }
     let tombstones = batch.iter().filter(|job| job.count > 2).count();
     let mut call = RELEASE.call(by, batch.len() + tombstones, batch.len(), bytes);
-    batch.iter().for_each(|job| call.write_arg(job.argument(0)));
+    write_all(&mut call, batch, 0);
     batch.iter().filter(|job| job.count > 2).for_each(|job| call.write_arg(job.argument(2)));
-    batch.iter().for_each(|job| call.write_arg(job.argument(1)));
+    write_all(&mut call, batch, 1);
     call
+}
+
+/// That argument of every job.
+fn write_all(call: &mut Cmd, batch: &[Job], number: usize) {
+    for job in batch {
+        call.write_arg(job.argument(number));
+    }
 }

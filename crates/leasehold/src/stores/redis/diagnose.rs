@@ -40,7 +40,7 @@ impl RedisStore {
             "version",
             Severity::Good,
             facts.server(),
-            "locks need no more than version 5",
+            "locks need version 6 at least",
         ));
         findings.push(role(&facts));
         findings.push(persistence(&facts));
@@ -170,6 +170,7 @@ fn trials(lock: &[u8], side: &[u8], index: &[u8]) -> Vec<(&'static str, Cmd)> {
         ("SET on the keys leasehold:*", call(&[b"SET", side, b"0", b"NX", b"PX", b"5000"])),
         ("GET", call(&[b"GET", lock])),
         ("MGET", call(&[b"MGET", lock, side])),
+        ("EXISTS", call(&[b"EXISTS", lock])),
         ("TYPE", call(&[b"TYPE", lock])),
         ("PTTL", call(&[b"PTTL", lock])),
         ("PEXPIRE", call(&[b"PEXPIRE", lock, b"5000"])),

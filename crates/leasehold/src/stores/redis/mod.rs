@@ -176,11 +176,25 @@ impl RedisStore {
                 *answer = second.next().unwrap_or_default();
             }
         }
-        Ok(items
-            .chunks(BATCH)
-            .zip(answers)
-            .flat_map(|(batch, answer)| self.renewals(batch.len(), answer))
-            .collect())
+        let mut renewals = Vec::with_capacity(items.len());
+        for (batch, answer) in items.chunks(BATCH).zip(answers) {
+            let lacks_right = |answer: &Value| match answer {
+                Value::ServerError(error) => Refusal::of(error).is_lacking_right(),
+                _ => false,
+            };
+            if batch.len() > 1 && lacks_right(&answer) {
+                // Refused as a whole for one key that this user may not touch: it must not cost the others their lease.
+                let mut singly = Pipeline::with_capacity(batch.len());
+                for item in batch {
+                    singly.add_command(renew_call(&self.keyspace, std::slice::from_ref(item), By::Digest)?);
+                }
+                let answers = self.connector.send_all(&link, &singly, deadline).await?;
+                renewals.extend(answers.into_iter().flat_map(|answer| self.renewals(1, answer)));
+            } else {
+                renewals.extend(self.renewals(batch.len(), answer));
+            }
+        }
+        Ok(renewals)
     }
 
     fn renewals(&self, count: usize, answer: Value) -> Vec<Result<Renewal>> {

@@ -95,11 +95,17 @@ impl Database {
         if self.entered {
             return Ok(());
         }
-        self.gate.lock().map_err(|e| {
-            Error::new(ErrorKind::Unavailable, "the gate of the lock database cannot be passed")
-                .caused_by(e)
-                .on_store(&self.location)
-        })?;
+        while let Err(error) = self.gate.lock() {
+            // A signal handler of the program may interrupt the wait.
+            if error.kind() != std::io::ErrorKind::Interrupted {
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "the gate of the lock database cannot be passed",
+                )
+                .caused_by(error)
+                .on_store(&self.location));
+            }
+        }
         self.entered = true;
         Ok(())
     }

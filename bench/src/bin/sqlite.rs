@@ -1,7 +1,7 @@
-//! Measures the embedded store: lock and unlock cycles a second by 1 task, by 16 tasks and by 8 processes on distinct
-//! names, and the longest that any of them waited for one request. About ten seconds.
+//! Measures the embedded store: lock and unlock cycles a second by 1 task, by 16 tasks, and by 8 processes, all on
+//! distinct names, and the longest that any of them waited for one request. About ten seconds.
 //!
-//! `cargo run --release -p leasehold --example bench_sqlite [FOLDER]`; the folder's disk is what is measured.
+//! `cargo run --release -p leasehold-bench --bin sqlite [FOLDER]`; the folder's disk is what is measured.
 #![expect(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -65,12 +65,13 @@ fn open(path: &Path) -> SqliteStore {
     SqliteStore::open(path, &Options::default()).unwrap()
 }
 
-fn processes(path: &Path) -> Figures {
+fn processes(path: &Path, tasks: usize) -> Figures {
     let children: Vec<_> = (0..PROCESSES)
         .map(|_| {
             Command::new(std::env::current_exe().unwrap())
                 .arg("--child")
                 .arg(path)
+                .arg(tasks.to_string())
                 .stdout(Stdio::piped())
                 .spawn()
                 .unwrap()
@@ -96,10 +97,10 @@ fn show(what: &str, figures: &Figures) {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [flag, path] = arguments.as_slice()
+    if let [flag, path, tasks] = arguments.as_slice()
         && flag == "--child"
     {
-        let figures = run(open(Path::new(path)), 1);
+        let figures = run(open(Path::new(path)), tasks.parse().unwrap());
         println!("{} {}", figures.cycles, figures.longest.as_micros());
         return;
     }
@@ -109,6 +110,8 @@ fn main() {
     for tasks in [1, 16] {
         show(&format!("one process, {tasks} task(s)"), &run(open(&path), tasks));
     }
-    show(&format!("{PROCESSES} processes, 1 task each"), &processes(&path));
+    for tasks in [1, 16] {
+        show(&format!("{PROCESSES} processes, {tasks} task(s) each"), &processes(&path, tasks));
+    }
     std::fs::remove_dir_all(folder).unwrap();
 }
