@@ -1,6 +1,6 @@
 //! A store that panics, falls silent, grants little or loses answers: what that may cost, and what it may not.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
