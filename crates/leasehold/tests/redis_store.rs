@@ -617,3 +617,18 @@ fn a_command_refused_as_a_whole_costs_only_whom_it_concerns() {
         }
     });
 }
+
+#[test]
+fn a_release_whose_tombstone_could_not_be_written_is_no_known_answer() {
+    let (server, store) = fresh();
+    let mut raw = server.raw();
+    let mine = claim("a");
+    cmd::<()>(&mut raw, &[b"CONFIG", b"SET", b"maxmemory", b"1"]);
+    block_on(async {
+        let error = store.release(&Held::unanswered(&mine)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+        cmd::<()>(&mut raw, &[b"CONFIG", b"SET", b"maxmemory", b"0"]);
+        assert_eq!(store.release(&Held::unanswered(&mine)).await.unwrap(), Released::NotHeld);
+        assert_eq!(store.acquire(&mine).await.unwrap_err().kind(), ErrorKind::Rejected, "withdrawn");
+    });
+}
