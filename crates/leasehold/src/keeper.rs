@@ -238,9 +238,9 @@ impl Shared {
 
     /// Takes what is due now: batches to renew, each of one TTL, and releases to begin.
     #[expect(clippy::type_complexity, reason = "private, and each part is named at the only call")]
-    fn collect(&self) -> (Vec<Vec<(Arc<Cell>, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
+    fn collect(&self) -> (Vec<Vec<(Turn, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
         let now = clock::now();
-        let mut by_ttl: HashMap<Duration, Vec<(Arc<Cell>, Held)>> = HashMap::new();
+        let mut by_ttl: HashMap<Duration, Vec<(Turn, Held)>> = HashMap::new();
         let mut lost = Vec::new();
         let mut table = lock(&self.table);
         while let Some(entry) = table.due.first_entry() {
@@ -272,7 +272,7 @@ impl Shared {
             held.extend = state.lease.extension(now);
             let ttl = state.lease.ttl();
             drop(state);
-            by_ttl.entry(ttl).or_default().push((cell, held));
+            by_ttl.entry(ttl).or_default().push((Turn(Some(cell)), held));
         }
         let first = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
         // What was planned stays planned, also when the lock that it was for is gone: the next lock then finds the thread
@@ -297,11 +297,19 @@ impl Shared {
         (batches, releases, next, closing)
     }
 
-    async fn renew(self: Arc<Self>, batch: Vec<(Arc<Cell>, Held)>) {
-        let (cells, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-        let mut renewing = Renewing { shared: self, cells, sent: clock::look() };
+    async fn renew(self: Arc<Self>, batch: Vec<(Turn, Held)>) {
+        let (turns, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+        let mut renewing = Renewing { shared: self, turns, sent: clock::look() };
         let answers = renewing.shared.store.renew(&held).await;
         renewing.settle(answers);
+    }
+
+    /// Ends a turn with the answer to its renewal, and plans the next.
+    fn settle(&self, mut turn: Turn, sent: Now, answer: &Result<Renewal>, now: Now) {
+        let Some(cell) = turn.0.take() else { return };
+        if let Next::At(due) = cell.settle_renewal(sent, answer, now, self.phase) {
+            self.plan(&cell, due);
+        }
     }
 
     /// Releases until the store answers or the lease has ended anyway.
@@ -332,7 +340,7 @@ impl Shared {
 /// A batch whose renewal is under way. Each of its claims is settled, whatever becomes of it: also if the store panics.
 struct Renewing {
     shared: Arc<Shared>,
-    cells: Vec<Arc<Cell>>,
+    turns: Vec<Turn>,
     sent: Now,
 }
 
@@ -340,12 +348,9 @@ impl Renewing {
     fn settle(&mut self, answers: Vec<Result<Renewal>>) {
         let now = clock::look();
         let mut answers = answers.into_iter();
-        for cell in std::mem::take(&mut self.cells) {
+        for turn in std::mem::take(&mut self.turns) {
             let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-            let next = cell.settle_renewal(self.sent, &answer, now, self.shared.phase);
-            if let Next::At(due) = next {
-                self.shared.plan(&cell, due);
-            }
+            self.shared.settle(turn, self.sent, &answer, now);
         }
     }
 }
@@ -530,7 +535,7 @@ impl Keeper {
         let answer = self.store().renew(std::slice::from_ref(&held)).await;
         let answer =
             answer.into_iter().next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-        turn.settle(&self.shared, sent, &answer);
+        self.shared.settle(turn, sent, &answer, clock::look());
         let _ = answer?;
         let mut state = lock(&cell.state);
         let now = clock::now();
@@ -615,18 +620,9 @@ impl Drop for Releasing<'_> {
     }
 }
 
-/// The right to renew for a guard that asks now, given back if its future is dropped before the answer.
+/// The right to renew, given back if whatever had it is dropped before the answer.
 #[derive(Debug)]
 struct Turn(Option<Arc<Cell>>);
-
-impl Turn {
-    fn settle(mut self, shared: &Shared, sent: Now, answer: &Result<Renewal>) {
-        let Some(cell) = self.0.take() else { return };
-        if let Next::At(due) = cell.settle_renewal(sent, answer, clock::look(), shared.phase) {
-            shared.plan(&cell, due);
-        }
-    }
-}
 
 impl Drop for Turn {
     fn drop(&mut self) {

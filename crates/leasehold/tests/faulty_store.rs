@@ -1,6 +1,6 @@
 //! A store that panics, falls silent, grants little or loses answers: what that may cost, and what it may not.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -85,7 +85,8 @@ async fn a_store_that_panics_while_renewing_costs_one_renewal_and_no_unlock() {
         guard.changed().await;
     }
     assert_eq!(guard.status(), Status::Held, "renewed again");
-    let released = clock::timeout_at(clock::now().plus(ms(20_000)), guard.unlock()).await.expect("does not hang");
+    let released =
+        clock::timeout_at(clock::now().plus(ms(20_000)), guard.unlock()).await.expect("does not hang");
     assert_eq!(released.unwrap(), Released::Released);
 }
 

@@ -1,6 +1,6 @@
 //! A listener to the log that looks at the guard it hears of.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
