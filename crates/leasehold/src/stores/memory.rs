@@ -204,7 +204,10 @@ impl State {
     fn renew(&mut self, held: &Held) -> Renewal {
         let now = clock::now();
         let extension = held.extend.map(|ttl| self.granted(ttl));
-        let Some(hold) = self.live(&held.name).filter(|hold| hold.id == held.id) else {
+        let Some(hold) = self
+            .live(&held.name)
+            .filter(|hold| hold.id == held.id && held.token.is_none_or(|token| token == hold.token))
+        else {
             return Renewal::Lost;
         };
         if let Some(ttl) = extension {

@@ -282,7 +282,13 @@ fn renew_call(keyspace: &Keyspace, batch: &[Renewable<'_>], by: By) -> Result<Cm
     call.write_arg(keyspace.index());
     call.write_arg_fmt(keyspace.prefix().len());
     for item in batch {
-        call.write_arg(&owner(item.held.id));
+        // With its token: a grant that was lost is not renewed by one that the same claim was given later.
+        let mut out = call.writer_for_next_arg();
+        wrote(out.write_all(&owner(item.held.id)))?;
+        if let Some(token) = item.held.token {
+            wrote(write!(out, "{token}:"))?;
+        }
+        drop(out);
         call.write_arg_fmt(item.ttl);
     }
     Ok(call)

@@ -177,7 +177,10 @@ impl Transaction<'_> {
     pub(super) fn renew(&mut self, held: &Held) -> Result<Renewal> {
         let lock = self.find(&held.name)?;
         let live = lock.as_ref().and_then(|lock| self.live(lock));
-        let Some(row) = live.filter(|row| row.claim == held.id) else {
+        let granted = lock.as_ref().map(|lock| lock.token);
+        let is_this_grant =
+            |row: &&Hold| row.claim == held.id && (held.token.is_none() || held.token == granted);
+        let Some(row) = live.filter(is_this_grant) else {
             self.note(&held.name, live);
             return Ok(Renewal::Lost);
         };
