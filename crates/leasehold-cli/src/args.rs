@@ -61,7 +61,11 @@ pub(crate) enum Command {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = RUN_HELP, group = ArgGroup::new("what").required(true).args(["shell_command", "command"]))]
+#[command(
+    after_help = RUN_HELP,
+    override_usage = "leasehold run [OPTIONS] NAME -- COMMAND...\n       leasehold run [OPTIONS] NAME -c TEXT",
+    group = ArgGroup::new("what").required(true).args(["shell_command", "command"])
+)]
 pub(crate) struct RunArgs {
     /// The lock: 1 to 512 bytes, compared byte for byte
     pub(crate) name: OsString,

@@ -28,7 +28,7 @@ mod wire;
 #[cfg(target_os = "linux")]
 pub(crate) use self::{
     front::{Input, Surroundings, as_front, has_terminal, os_string},
-    guarded::{Guarded, open_descriptor},
+    guarded::{Guarded, not_started, open_descriptor},
     guardian::Orders,
     signals::{Outside, Signals, asks_to_end, number as signal_number},
     start::find as find_program,

@@ -169,7 +169,7 @@ impl Run<'_> {
         let ignore = self.plan.leash.on_lost == OnLost::Ignore;
         let mut changed: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(changed);
         let mut loss = pin!(guard.lost());
-        let mut lost = false;
+        let (mut lost, mut started) = (false, false);
         loop {
             // The guardian kills at the margin. If it cannot (stopped, say) this is the last moment to do it here.
             let last = if ignore { Instant::FAR } else { deadline.minus(self.plan.leash.margin / 2) };
@@ -181,10 +181,13 @@ impl Run<'_> {
                         guarded.part();
                         return Ok(self.judge(guard, report, lost));
                     }
-                    Some(Message::Started(pid)) => self.reporter.tell("started", json!({ "pid": pid }), None),
+                    Some(Message::Started(pid)) => {
+                        started = true;
+                        self.reporter.tell("started", json!({ "pid": pid }), None);
+                    }
                     Some(Message::Failed(errno)) => {
                         guarded.part();
-                        return Err(format!("cannot start a process: {}", std::io::Error::from_raw_os_error(errno)));
+                        return Err(child::not_started(errno));
                     }
                     Some(_) => {}
                     None => {
@@ -206,7 +209,10 @@ impl Run<'_> {
                     guarded.tell(Message::Deadline(deadline));
                 }
                 outside = self.signals.next() => match outside {
-                    Outside::Signal(number, from_terminal) => guarded.tell(Message::Signal(number, from_terminal)),
+                    Outside::Signal(number, from_terminal) => {
+                        // What the terminal sent before the command was there has not reached it.
+                        guarded.tell(Message::Signal(number, from_terminal && started));
+                    }
                     Outside::FrontGone => guarded.tell(Message::Stop),
                 },
                 () = clock::sleep_until(last) => {

@@ -39,7 +39,7 @@ impl Reporter {
         if let (Some(object), Value::Object(details)) = (object.as_object_mut(), details) {
             object.extend(details);
         }
-        let line = format!("{object}\n");
+        let line = view::json_line(&object);
         if let Some(file) = &mut *self.events.borrow_mut() {
             // Whoever asked for events and does not read them any more must not stop the command.
             let _ = file.write_all(line.as_bytes());

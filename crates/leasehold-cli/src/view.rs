@@ -48,10 +48,24 @@ pub(crate) fn lock_json(view: &LockView) -> Value {
 
 /// One object a line.
 pub(crate) fn json_lines(objects: impl IntoIterator<Item = Value>) -> String {
-    objects.into_iter().fold(String::new(), |mut text, object| {
-        let _ = writeln!(text, "{object}");
-        text
-    })
+    objects.into_iter().fold(String::new(), |text, object| text + &json_line(&object))
+}
+
+/// One object in a line that does nothing to a terminal: what would is written as `\uXXXX`, which means the same.
+pub(crate) fn json_line(object: &Value) -> String {
+    let plain = object.to_string();
+    let mut text = String::with_capacity(plain.len() + 1);
+    for c in plain.chars() {
+        // Only strings can hold them: the encoder has escaped what is below the space, and the rest of JSON is ASCII.
+        if escaped(c.encode_utf8(&mut [0; 4])).starts_with('\\') && c != '\\' {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(text, "\\u{unit:04x}");
+            }
+        } else {
+            text.push(c);
+        }
+    }
+    text + "\n"
 }
 
 /// A holder as JSON.
@@ -144,6 +158,15 @@ mod tests {
         let rows = vec![vec![styled(BAD, "é"), "1".into()], vec!["long".into(), styled(GOOD, "2")]];
         let text = anstream::adapter::strip_str(&table(&["A", "B"], &rows)).to_string();
         assert_eq!(text, "A     B\né     1\nlong  2\n");
+    }
+
+    #[test]
+    fn json_says_the_same_without_a_character_that_a_terminal_obeys() {
+        let object = json!({ "label": "\u{9b}31m \u{202e}\u{7f}\n é \\ \u{1f600}", "n": 1 });
+        let line = json_line(&object);
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), object);
+        assert_eq!(escaped(line.trim_end()), line.trim_end());
+        assert!(line.contains("\\u009b31m \\u202e\\u007f\\n é \\\\ \u{1f600}"), "{line}");
     }
 
     #[test]

@@ -46,6 +46,31 @@ fn ls_and_show_say_who_holds_what() {
 }
 
 #[test]
+fn a_home_that_is_not_absolute_is_no_place_for_a_database() {
+    let place = Place::new();
+    let mut command = place.leasehold(["ls"]);
+    let output = command.env_remove("LEASEHOLD_STORE").env("HOME", "here").output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    assert!(text(&output.stderr).contains("HOME"), "{output:?}");
+    assert!(!place.path("here").exists());
+}
+
+#[test]
+fn a_label_with_a_control_character_of_eight_bits_does_nothing_to_the_terminal() {
+    let place = Place::new();
+    let running = place.start(&["--label", "a\u{9b}31m\u{202e}b"], "echo; exec sleep 100");
+    for arguments in [&["ls"][..], &["ls", "--json"], &["show", "x"], &["show", "--json", "x"]] {
+        let output = place.run(arguments);
+        assert!(!text(&output.stdout).contains(['\u{9b}', '\u{202e}']), "{arguments:?}");
+    }
+    let busy = place.run(["run", "--json", "-n", "x", "--", "true"]);
+    assert!(!text(&busy.stderr).contains(['\u{9b}', '\u{202e}']));
+    assert_eq!(place.show()["holder"]["label"], "a\u{9b}31m\u{202e}b");
+    running.signal(Signal::TERM);
+    running.end();
+}
+
+#[test]
 fn a_listing_of_several_pages_is_whole_and_a_strange_name_is_told_by_its_bytes() {
     use std::os::unix::ffi::OsStrExt as _;
     let place = Place::new();

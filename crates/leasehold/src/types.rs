@@ -92,7 +92,7 @@ impl fmt::Display for Escaped<'_> {
 /// Control characters, and those that reorder or hide text on a terminal.
 fn is_deceptive(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+        || matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// The identity of one claim: 128 random bits. Whoever presents it is the claim's owner.

@@ -37,6 +37,10 @@ pub(crate) fn open_descriptor(_: i32) -> io::Result<File> {
     Err(unsupported())
 }
 
+pub(crate) fn not_started(_: i32) -> String {
+    unsupported().to_string()
+}
+
 pub(crate) fn signal_number(_: &str) -> Option<i32> {
     None
 }

@@ -78,6 +78,15 @@ impl Guarded {
     }
 }
 
+/// Why a guardian could not start the command, from the number that it sent.
+pub(crate) fn not_started(errno: i32) -> String {
+    if errno == rustix::io::Errno::TIME.raw_os_error() {
+        super::start::TOO_LATE.into()
+    } else {
+        format!("cannot start a process: {}", io::Error::from_raw_os_error(errno))
+    }
+}
+
 /// A second handle on a descriptor that the user opened for us, by its number.
 pub(crate) fn open_descriptor(number: i32) -> io::Result<File> {
     let this = pidfd_open(getpid(), PidfdFlags::empty());

@@ -118,6 +118,8 @@ struct Guardian {
 
 impl Guardian {
     fn start(orders: &Orders, control: OwnedFd, stdin: OwnedFd) -> io::Result<Self> {
+        let mut watch = Watch::new(orders.leash, orders.deadline);
+        let signals = said_before_the_start(&control, &mut watch)?;
         // First, so that it gets a number of one digit, the only ones that every shell can read from.
         let (lost_reader, lost) = pipe_with(PipeFlags::CLOEXEC)?;
         fcntl_setfd(&lost_reader, FdFlags::empty())?;
@@ -130,7 +132,8 @@ impl Guardian {
         let timer = timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
 
         let mut command = Command::new(super::SELF);
-        command.arg0(super::START).args(start::arguments(orders.leash.on_lost, &orders.command));
+        let arguments = start::arguments(orders.leash.on_lost, watch.latest_start(), &orders.command);
+        command.arg0(super::START).args(arguments);
         command.stdin(Stdio::from(stdin)).process_group(orders.group.unwrap_or(0));
         command.env(LOST_FD, lost_reader.as_raw_fd().to_string());
         users_mask.thread_set_mask()?;
@@ -138,11 +141,11 @@ impl Guardian {
         SigSet::all().thread_set_mask()?;
         let pid = started?.id();
         wire::tell(&control, Message::Started(pid));
-        Ok(Self {
+        let guardian = Self {
             control,
             runner_is_gone: false,
             family,
-            watch: Watch::new(orders.leash, orders.deadline),
+            watch,
             child_died,
             timer,
             lost: Some(lost),
@@ -150,7 +153,11 @@ impl Guardian {
             shared_group: orders.group,
             ended: None,
             leftovers: 0,
-        })
+        };
+        for number in signals {
+            guardian.pass_on(number, false);
+        }
+        Ok(guardian)
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -260,6 +267,23 @@ impl Guardian {
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Hears what was said while there was no command yet; returns the signals for it, which the terminal cannot have sent to
+/// it. An error if it must not be started at all: it would run without a lock, however shortly.
+fn said_before_the_start(control: &OwnedFd, watch: &mut Watch) -> io::Result<Vec<i32>> {
+    let too_late = || io::Error::from(rustix::io::Errno::TIME);
+    let mut signals = Vec::new();
+    loop {
+        match wire::hear(control) {
+            Heard::Message(Message::Deadline(at)) => watch.renewed(at),
+            Heard::Message(Message::Signal(number, _)) => signals.push(number),
+            Heard::Message(Message::Stop) | Heard::Gone => return Err(too_late()),
+            Heard::Message(_) => {}
+            Heard::Nothing if clock::now() >= watch.latest_start() => return Err(too_late()),
+            Heard::Nothing => return Ok(signals),
         }
     }
 }

@@ -9,28 +9,43 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use leasehold::clock::{self, Instant};
 use rustix::fs::{Access, access};
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 
+use super::wire;
 use crate::exit;
 use crate::plan::OnLost;
 
-/// The arguments for a guardian to start `command` with.
-pub(crate) fn arguments(on_lost: OnLost, command: &[OsString]) -> Vec<OsString> {
+/// Why a command was not started after a pause.
+pub(crate) const TOO_LATE: &str = "the lock could not be trusted any more when the command was to be started";
+
+/// The arguments for a guardian to start `command` with, if it is not later than `latest`.
+pub(crate) fn arguments(on_lost: OnLost, latest: Instant, command: &[OsString]) -> Vec<OsString> {
     let guardian = getpid().as_raw_nonzero().to_string();
     // Whoever ignores losses wants the command to go on whatever happens.
     let death = if on_lost == OnLost::Ignore { "stay" } else { "follow" };
-    [guardian, death.into()].into_iter().map(OsString::from).chain(command.iter().cloned()).collect()
+    [guardian, death.into(), wire::nanos(latest).to_string()]
+        .into_iter()
+        .map(OsString::from)
+        .chain(command.iter().cloned())
+        .collect()
 }
 
 /// Becomes the command, or says why not and with which exit code.
 pub(crate) fn main(arguments: &[OsString]) -> u8 {
-    let [guardian, death, program, rest @ ..] = arguments else { return exit::FAILURE };
+    let [guardian, death, latest, program, rest @ ..] = arguments else { return exit::FAILURE };
     if death == "follow" {
         let _ = set_parent_process_death_signal(Some(Signal::KILL));
     }
     // If the guardian died before that request, nobody would ever stop the command.
     if getppid().map(|pid| OsString::from(pid.as_raw_nonzero().to_string())) != Some(guardian.clone()) {
+        return exit::FAILURE;
+    }
+    // All processes of this run may have stood still since the guardian looked.
+    let latest = latest.to_str().and_then(|nanos| nanos.parse().ok()).map(wire::instant);
+    if latest.is_none_or(|latest| clock::now() >= latest) {
+        eprintln!("leasehold: {TOO_LATE}");
         return exit::FAILURE;
     }
     let error = Command::new(program).args(rest).exec();

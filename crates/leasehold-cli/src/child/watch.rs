@@ -109,6 +109,11 @@ impl Watch {
         }
     }
 
+    /// From then on the command must not be started any more, whatever is done to one that runs.
+    pub(crate) fn latest_start(&self) -> Instant {
+        self.stop_moment().min(self.deadline.minus(self.leash.margin))
+    }
+
     /// From then on the family is killed, so that it is dead before the lock can pass on.
     fn kill_moment(&self) -> Instant {
         if self.leash.on_lost == OnLost::Ignore {

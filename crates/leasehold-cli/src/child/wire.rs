@@ -153,7 +153,8 @@ pub(crate) fn hear(socket: impl AsFd) -> Heard {
                 Some(message) => Heard::Message(message),
                 None => continue,
             },
-            Err(Errno::INTR) => continue,
+            // The kernel tells first that the other side went without having heard everything, and then its last words.
+            Err(Errno::INTR | Errno::CONNRESET) => continue,
             Err(Errno::AGAIN) => Heard::Nothing,
             Err(_) => Heard::Gone,
         };
@@ -246,6 +247,16 @@ mod tests {
         tell(&there, Message::Stop);
         assert_eq!(hear(&here), Heard::Message(Message::Stop));
         drop(there);
+        assert_eq!(hear(&here), Heard::Gone);
+    }
+
+    #[test]
+    fn the_last_word_is_heard_also_of_one_who_did_not_hear_ours() {
+        let (here, there) = pair().unwrap();
+        tell(&here, Message::Stop);
+        tell(&there, Message::Failed(2));
+        drop(there);
+        assert_eq!(hear(&here), Heard::Message(Message::Failed(2)));
         assert_eq!(hear(&here), Heard::Gone);
     }
 

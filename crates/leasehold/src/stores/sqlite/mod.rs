@@ -65,10 +65,11 @@ impl Options {
 /// must meet in one file.
 ///
 /// # Errors
-/// `Rejected` if there is no home folder.
+/// `Rejected` if there is no home folder, or `HOME` is not an absolute path.
 pub fn default_path() -> Result<PathBuf> {
     match std::env::home_dir() {
-        Some(home) if !home.as_os_str().is_empty() => Ok(home.join(".local/state/leasehold/locks.db")),
+        // A relative one would be another database in every folder.
+        Some(home) if home.is_absolute() => Ok(home.join(".local/state/leasehold/locks.db")),
         _ => Err(Error::new(ErrorKind::Rejected, "this user has no home folder for the lock database")
             .advise("set HOME, or give the path: sqlite:/path/to/locks.db")),
     }
