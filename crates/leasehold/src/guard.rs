@@ -5,9 +5,10 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::cell::Cell;
 use crate::clock::Instant;
 use crate::error::Result;
-use crate::keeper::{Cell, Keeper};
+use crate::keeper::Keeper;
 use crate::lease::{Loss, Status};
 use crate::store::check_ttl;
 use crate::types::{Binding, ClaimId, FencingToken, Name, Query, Released};
