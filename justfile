@@ -23,8 +23,9 @@ conformance STORE="":
     cargo test --package leasehold --all-features --test 'conformance*' -- {{STORE}}
 
 # What we measure, as ratios within one run.
-bench *ARGS:
-    cargo bench --workspace {{ARGS}}
+bench:
+    cargo run --release -p leasehold-bench --bin redis
+    cargo run --release -p leasehold-bench --bin sqlite
 
 # Everything, after installing what it needs.
 verify:

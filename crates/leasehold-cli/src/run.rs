@@ -92,6 +92,8 @@ async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks,
     };
     let guard = match got {
         Err(error) if error.kind() == ErrorKind::Busy => None,
+        // Busy at the first look, and the time was up in the middle of the next.
+        Err(error) if error.kind() == ErrorKind::Unknown && is_up(plan.patience, started) => None,
         other => other?,
     };
     if guard.is_none() {
@@ -102,6 +104,10 @@ async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks,
         });
     }
     Ok((locks, guard))
+}
+
+fn is_up(patience: Patience, started: Instant) -> bool {
+    matches!(patience, Patience::For(span) if clock::now().since(started) >= span)
 }
 
 /// Who holds it, for people: not knowing is no failure.

@@ -79,15 +79,17 @@ pub fn wall() -> Duration {
 /// A claim id that nobody can guess or make again: 128 bits from the operating system.
 #[expect(clippy::disallowed_methods, reason = "this is the seam")]
 pub fn claim_id() -> ClaimId {
-    // Asking the kernel for a few hundred ids at once keeps a system call out of every lock.
+    // Asking the kernel for a few hundred ids at once keeps reading from it out of every lock.
     thread_local! {
-        static POOL: std::cell::RefCell<([u8; 4096], usize)> = const { std::cell::RefCell::new(([0; 4096], 4096)) };
+        static POOL: std::cell::RefCell<([u8; 4096], usize, u32)> = const { std::cell::RefCell::new(([0; 4096], 4096, 0)) };
     }
     let mut id = [0; 16];
-    POOL.with_borrow_mut(|(pool, used)| {
-        if *used == pool.len() {
+    POOL.with_borrow_mut(|(pool, used, owner)| {
+        // A forked process has a copy of what is left: the same id made by both would be one claim with two holders.
+        let process = std::process::id();
+        if *used == pool.len() || *owner != process {
             getrandom::fill(pool).expect("the operating system gives random bytes");
-            *used = 0;
+            (*used, *owner) = (0, process);
         }
         id.copy_from_slice(&pool[*used..*used + 16]);
         pool[*used..*used + 16].fill(0);
@@ -155,8 +157,12 @@ impl Drop for Sleep {
 
 /// All sleepers of the process, by deadline, and the alarm that wakes the thread which wakes them.
 struct Timers {
+    process: u32,
     table: Mutex<Table>,
     alarm: system::Alarm,
+    thread: OnceLock<()>,
+    /// Those of a process that this one's was forked into.
+    forked: OnceLock<&'static Timers>,
 }
 
 #[derive(Default)]
@@ -169,9 +175,13 @@ struct Table {
 
 fn timers() -> &'static Timers {
     static TIMERS: OnceLock<Timers> = OnceLock::new();
-    static THREAD: OnceLock<()> = OnceLock::new();
-    let timers = TIMERS.get_or_init(|| Timers { table: Mutex::default(), alarm: system::Alarm::new() });
-    THREAD.get_or_init(|| {
+    let process = std::process::id();
+    let mut timers = TIMERS.get_or_init(|| Timers::new(process));
+    while timers.process != process {
+        // A forked process has no copy of the thread, and must not move the alarm that it shares with its parent.
+        timers = timers.forked.get_or_init(|| Box::leak(Box::new(Timers::new(process))));
+    }
+    timers.thread.get_or_init(|| {
         std::thread::Builder::new()
             .name("leasehold-clock".into())
             .spawn(|| timers.serve())
@@ -181,6 +191,16 @@ fn timers() -> &'static Timers {
 }
 
 impl Timers {
+    fn new(process: u32) -> Self {
+        Self {
+            process,
+            table: Mutex::default(),
+            alarm: system::Alarm::new(),
+            thread: OnceLock::new(),
+            forked: OnceLock::new(),
+        }
+    }
+
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -191,14 +211,24 @@ impl Timers {
             table.next_key += 1;
             table.next_key
         });
+        let mut replaced = None;
         match table.sleepers.get_mut(&(deadline, key)) {
-            Some(known) => known.clone_from(waker),
-            None => drop(table.sleepers.insert((deadline, key), waker.clone())),
+            Some(known) if known.will_wake(waker) => {}
+            known => {
+                let new = waker.clone();
+                match known {
+                    Some(known) => replaced = Some(std::mem::replace(known, new)),
+                    None => drop(table.sleepers.insert((deadline, key), new)),
+                }
+            }
         }
         if table.armed.is_none_or(|armed| deadline < armed) {
             table.armed = Some(deadline);
             self.alarm.set(deadline);
         }
+        drop(table);
+        // Not under the lock: a waker may be the last owner of a task, and the task of another sleep.
+        drop(replaced);
         key
     }
 

@@ -242,6 +242,11 @@ pub async fn renewing_after_a_loss_says_lost(store: &dyn Store) {
     assert_eq!(released(store, &held).await, Released::Released);
     assert_eq!(renewed(store, &held).await, Renewal::Lost);
     assert_eq!(renewed(store, &free).await, Renewal::Lost);
+    // The same claim, granted anew: what it held before is lost all the same.
+    let anew = Held::new(&mine, &granted(store, &mine).await);
+    assert_eq!(renewed(store, &held).await, Renewal::Lost, "a grant that was lost came back by its claim");
+    assert!(matches!(renewed(store, &anew).await, Renewal::Renewed(_)));
+    assert_eq!(released(store, &anew).await, Released::Released);
     let next = claim(&name, TTL);
     let grant = granted(store, &next).await;
     assert_eq!(renewed(store, &held).await, Renewal::Lost, "a renewal took over another's lock");

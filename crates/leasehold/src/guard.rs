@@ -5,9 +5,10 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::cell::Cell;
 use crate::clock::Instant;
 use crate::error::Result;
-use crate::keeper::{Cell, Keeper};
+use crate::keeper::Keeper;
 use crate::lease::{Loss, Status};
 use crate::store::check_ttl;
 use crate::types::{Binding, ClaimId, FencingToken, Name, Query, Released};
@@ -146,9 +147,10 @@ impl Guard {
     /// # Round trips
     /// One.
     pub async fn leak(mut self) -> Result<FencingToken> {
+        // First, so that no renewal in the background follows, which would bind it to this process again.
+        self.keeper.leave(&self.cell);
         self.keeper.renew_now(&self.cell, |held| held.binding = Binding::Expiry).await?;
         self.armed = false;
-        self.keeper.leave(&self.cell);
         Ok(self.fencing_token())
     }
 }

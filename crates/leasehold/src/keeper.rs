@@ -6,27 +6,23 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Notify, oneshot};
 
+use crate::cell::{Cell, Phase, Turn, lock};
 use crate::clock::{self, Instant, Now};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lease::{Lease, Loss, Next, Outcome, Status, drift};
+use crate::lease::{Lease, Loss, Next, drift};
 use crate::store::Store;
-use crate::types::{Claim, ClaimId, FencingToken, Grant, Held, Released, Renewal};
+use crate::types::{Claim, ClaimId, Grant, Held, Released, Renewal};
 
 /// How long the last handle waits, unless set, for releases still under way.
 pub(crate) const DEFAULT_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 /// The most claims in one call of the store's `renew`.
 const BATCH: usize = 1_000;
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic elsewhere must not cost the other locks of the process their renewal; all states here are whole at any time.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The runtime of a keeper before it has a store: connections are dialled on it.
 #[derive(Debug)]
@@ -145,12 +141,7 @@ impl Keeper {
         held.suspect = suspect;
         let lease = Lease::new(sent, claim.ttl, grant.ttl, renewing, max_hold);
         let first = lease.first(clock::now(), self.shared.phase);
-        let cell = Arc::new(Cell {
-            held,
-            token: grant.token,
-            state: Mutex::new(State { lease, due: None, phase: Phase::Held, in_flight: false, version: 0 }),
-            changed: Notify::new(),
-        });
+        let cell = Arc::new(Cell::new(held, grant.token, lease));
         if let Next::At(due) = first {
             self.shared.plan(&cell, due);
         }
@@ -241,6 +232,7 @@ impl Shared {
     fn collect(&self) -> (Vec<Vec<(Turn, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
         let now = clock::now();
         let mut by_ttl: HashMap<Duration, Vec<(Turn, Held)>> = HashMap::new();
+        let mut lost = Vec::new();
         let mut table = lock(&self.table);
         while let Some(entry) = table.due.first_entry() {
             if entry.key().0 > now {
@@ -249,7 +241,13 @@ impl Shared {
             let cell = entry.remove();
             let mut state = lock(&cell.state);
             state.due = None;
-            if state.phase != Phase::Held || state.settle(&cell, now) {
+            if state.phase != Phase::Held {
+                continue;
+            }
+            if let Some(loss) = state.lease.loss(now) {
+                state.version += 1;
+                drop(state);
+                lost.push((cell, loss));
                 continue;
             }
             if state.in_flight {
@@ -260,18 +258,26 @@ impl Shared {
                 table.due.insert((soon, cell.held.id), cell);
                 continue;
             }
-            state.in_flight = true;
+            let turn = Turn::take(cell.clone(), &mut state);
             let mut held = cell.held.clone();
             held.extend = state.lease.extension(now);
             let ttl = state.lease.ttl();
             drop(state);
-            by_ttl.entry(ttl).or_default().push((Turn(Some(cell)), held));
+            by_ttl.entry(ttl).or_default().push((turn, held));
         }
-        let next = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
+        let first = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
+        // What was planned stays planned, also when the lock that it was for is gone: the next lock then finds the thread
+        // due early enough and need not wake it. Waking once for nothing is cheaper than once for each lock.
+        let next = if table.planned > now { first.min(table.planned) } else { first };
         table.planned = next;
         let releases = std::mem::take(&mut table.releases);
         let closing = table.closing;
         drop(table);
+        // Whoever is told, or listens to what is logged, may come back to the table.
+        for (cell, loss) in lost {
+            cell.changed.notify_waiters();
+            cell.tell_loss(loss);
+        }
         let mut batches = Vec::new();
         for (_, mut cells) in by_ttl {
             while !cells.is_empty() {
@@ -284,20 +290,14 @@ impl Shared {
 
     async fn renew(self: Arc<Self>, batch: Vec<(Turn, Held)>) {
         let (turns, held): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-        let sent = clock::look();
-        let answers = self.store.renew(&held).await;
-        let now = clock::look();
-        debug_assert_eq!(answers.len(), turns.len());
-        let mut answers = answers.into_iter();
-        for turn in turns {
-            let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
-            self.settle(turn, sent, &answer, now);
-        }
+        let mut renewing = Renewing { shared: self, turns, sent: clock::look() };
+        let answers = renewing.shared.store.renew(&held).await;
+        renewing.settle(answers);
     }
 
     /// Ends a turn with the answer to its renewal, and plans the next.
-    fn settle(&self, mut turn: Turn, sent: Now, answer: &Result<Renewal>, now: Now) {
-        let Some(cell) = turn.0.take() else { return };
+    fn settle(&self, turn: Turn, sent: Now, answer: &Result<Renewal>, now: Now) {
+        let Some(cell) = turn.answered() else { return };
         if let Next::At(due) = cell.settle_renewal(sent, answer, now, self.phase) {
             self.plan(&cell, due);
         }
@@ -305,6 +305,7 @@ impl Shared {
 
     /// Releases until the store answers or the lease has ended anyway.
     async fn release(self: Arc<Self>, held: Held, until: Instant) {
+        let _outstanding = Outstanding(&self);
         let mut back_off = Duration::from_millis(20);
         loop {
             match self.store.release(&held).await {
@@ -324,152 +325,46 @@ impl Shared {
             clock::sleep_until(again).await;
             back_off = (back_off * 2).min(Duration::from_secs(1));
         }
-        let mut table = lock(&self.table);
+    }
+}
+
+/// A batch whose renewal is under way. Each of its claims is settled, whatever becomes of it: also if the store panics.
+struct Renewing {
+    shared: Arc<Shared>,
+    turns: Vec<Turn>,
+    sent: Now,
+}
+
+impl Renewing {
+    fn settle(&mut self, answers: Vec<Result<Renewal>>) {
+        let now = clock::look();
+        let mut answers = answers.into_iter();
+        for turn in std::mem::take(&mut self.turns) {
+            let answer = answers.next().unwrap_or_else(|| Err(Error::new(ErrorKind::Unknown, "no answer")));
+            self.shared.settle(turn, self.sent, &answer, now);
+        }
+    }
+}
+
+impl Drop for Renewing {
+    fn drop(&mut self) {
+        self.settle(Vec::new());
+    }
+}
+
+/// A release under way in the background: counted until it has ended, however it does.
+struct Outstanding<'a>(&'a Shared);
+
+impl Drop for Outstanding<'_> {
+    fn drop(&mut self) {
+        let mut table = lock(&self.0.table);
         table.outstanding -= 1;
         let idle = table.outstanding == 0;
         drop(table);
         if idle {
-            self.idle.notify_all();
-            self.idle_bell.notify_waiters();
-            self.bell.notify_one();
-        }
-    }
-}
-
-/// What the keeper and a guard know of one held lock.
-#[derive(Debug)]
-pub(crate) struct Cell {
-    held: Held,
-    token: FencingToken,
-    state: Mutex<State>,
-    changed: Notify,
-}
-
-#[derive(Debug)]
-struct State {
-    lease: Lease,
-    /// Its place in the keeper's table.
-    due: Option<Instant>,
-    phase: Phase,
-    /// Whether a renewal of it is under way: there is one at most.
-    in_flight: bool,
-    /// Counts changes that `changed` tells.
-    version: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Held,
-    /// Being released, or left alone: never renewed again.
-    Done,
-}
-
-impl State {
-    /// Notices a loss by time; true if the lock is lost.
-    fn settle(&mut self, cell: &Cell, now: Instant) -> bool {
-        let lost = self.lease.loss(now);
-        if let Some(loss) = lost {
-            self.version += 1;
-            cell.changed.notify_waiters();
-            tracing::warn!(lock = %cell.held.name, token = %cell.token, %loss, "lock lost");
-        }
-        lost.is_some()
-    }
-}
-
-impl Cell {
-    /// The claim as held.
-    pub(crate) fn held(&self) -> &Held {
-        &self.held
-    }
-
-    /// The fencing token.
-    pub(crate) fn token(&self) -> FencingToken {
-        self.token
-    }
-
-    /// How sure the holder can be now.
-    pub(crate) fn status(&self) -> Status {
-        lock(&self.state).lease.status(clock::look())
-    }
-
-    /// Time left that can be trusted.
-    pub(crate) fn remaining(&self) -> Duration {
-        lock(&self.state).lease.remaining(clock::now())
-    }
-
-    /// Until when it can be trusted, as far as is known.
-    pub(crate) fn valid_until(&self) -> Instant {
-        lock(&self.state).lease.valid_until()
-    }
-
-    /// Resolves at the loss, before the store can give the lock away: by the clock, whatever the keeper does.
-    pub(crate) async fn lost(self: Arc<Self>) -> Loss {
-        loop {
-            let notified = self.changed.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
-            let until = {
-                let mut state = lock(&self.state);
-                if let Some(loss) = state.lease.loss(clock::now()) {
-                    return loss;
-                }
-                state.lease.valid_until()
-            };
-            let _ = clock::timeout_at(until, notified).await;
-        }
-    }
-
-    /// Resolves at the next change: a renewal confirmed or failed, or the loss.
-    pub(crate) fn next_change(self: Arc<Self>) -> impl Future<Output = ()> + Send + use<> {
-        let seen = lock(&self.state).version;
-        async move {
-            loop {
-                let notified = self.changed.notified();
-                tokio::pin!(notified);
-                notified.as_mut().enable();
-                let until = {
-                    let mut state = lock(&self.state);
-                    if state.version != seen || state.lease.loss(clock::now()).is_some() {
-                        return;
-                    }
-                    state.lease.valid_until()
-                };
-                let _ = clock::timeout_at(until, notified).await;
-            }
-        }
-    }
-
-    /// Takes in a renewal's answer and tells those who wait for a change.
-    fn settle_renewal(&self, sent: Now, answer: &Result<Renewal>, now: Now, phase: Duration) -> Next {
-        let mut state = lock(&self.state);
-        state.in_flight = false;
-        let outcome = answer.as_ref().map_or(Outcome::Failed, |answer| Outcome::Answered(*answer));
-        let was_lost = state.lease.loss(now.boot).is_some();
-        let next = state.lease.after_renewal(sent, outcome, now, phase);
-        state.version += 1;
-        if state.phase == Phase::Held && !was_lost {
-            if let Some(loss) = state.lease.loss(now.boot) {
-                tracing::warn!(lock = %self.held.name, token = %self.token, %loss, "lock lost");
-            } else if let Err(error) = answer {
-                tracing::warn!(lock = %self.held.name, token = %self.token, %error, "renewal failed, trying again");
-            }
-        }
-        drop(state);
-        self.changed.notify_waiters();
-        next
-    }
-
-    /// Waits until no renewal of it is under way.
-    async fn idle(&self) {
-        loop {
-            let notified = self.changed.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
-            if !lock(&self.state).in_flight {
-                return;
-            }
-            notified.await;
+            self.0.idle.notify_all();
+            self.0.idle_bell.notify_waiters();
+            self.0.bell.notify_one();
         }
     }
 }
@@ -488,8 +383,7 @@ impl Keeper {
                 return Err(lost_error(&cell.held, loss));
             }
             if !state.in_flight {
-                state.in_flight = true;
-                break Turn(Some(cell.clone()));
+                break Turn::take(cell.clone(), &mut state);
             }
         };
         let sent = clock::look();
@@ -564,10 +458,12 @@ fn lost_error(held: &Held, loss: Loss) -> Error {
     Error::new(ErrorKind::Lost, format!("the lock was lost: {loss}")).for_name(&held.name)
 }
 
-/// When even a release that never got through has become pointless.
+/// When even a release that never got through has become pointless: the store may have run a renewal just now whose
+/// answer did not come.
 fn release_deadline(cell: &Cell) -> Instant {
     let state = lock(&cell.state);
-    state.lease.valid_until().plus(drift(state.lease.ttl())).max(clock::now().plus(Duration::from_secs(1)))
+    let ttl = state.lease.ttl();
+    state.lease.valid_until().plus(drift(ttl)).max(clock::now().plus(ttl).plus(Duration::from_secs(1)))
 }
 
 /// A release under way: dropped before its answer, it is handed to the keeper.
@@ -579,20 +475,5 @@ struct Releasing<'a> {
 impl Drop for Releasing<'_> {
     fn drop(&mut self) {
         self.keeper.post_release(self.cell.held.clone(), release_deadline(self.cell));
-    }
-}
-
-/// The right to renew, given back if whatever had it is dropped before the answer.
-#[derive(Debug)]
-struct Turn(Option<Arc<Cell>>);
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let Some(cell) = self.0.take() else { return };
-        let mut state = lock(&cell.state);
-        state.in_flight = false;
-        state.version += 1;
-        drop(state);
-        cell.changed.notify_waiters();
     }
 }

@@ -88,6 +88,8 @@ pub(crate) enum Next {
 pub(crate) struct Lease {
     /// What each renewal asks for.
     ttl: Duration,
+    /// What the renewals are spaced by: the TTL, or what the store grants instead if that is less.
+    paced_by: Duration,
     renewing: bool,
     valid_until: Instant,
     /// What may never be passed, whatever the store grants.
@@ -112,6 +114,7 @@ impl Lease {
             max_hold.map_or(Instant::FAR, |hold| sent.boot.plus(hold.saturating_sub(drift(hold))));
         Self {
             ttl,
+            paced_by: ttl.min(granted),
             renewing,
             valid_until: valid_until(sent.boot, granted).min(max_until),
             max_until,
@@ -179,7 +182,7 @@ impl Lease {
 
     /// When to look after a new lease first: at the next slot of its grid, or within [`FIRST_RENEWAL`].
     pub(crate) fn first(&self, now: Instant, phase: Duration) -> Next {
-        let interval = self.ttl / RENEWALS_PER_TTL;
+        let interval = self.paced_by / RENEWALS_PER_TTL;
         if interval > FIRST_RENEWAL {
             // Rounded to a quarter of a second, so that the locks of one moment come in one batch.
             let grain = Duration::from_millis(250);
@@ -196,7 +199,10 @@ impl Lease {
         if self.loss(now.boot).is_some() {
             return Next::Stop;
         }
-        let interval = self.ttl / RENEWALS_PER_TTL;
+        if let (Outcome::Answered(Renewal::Renewed(ttl)), Instant::FAR) = (outcome, self.max_until) {
+            self.paced_by = self.ttl.min(ttl);
+        }
+        let interval = self.paced_by / RENEWALS_PER_TTL;
         match outcome {
             Outcome::Answered(Renewal::Lost) => {
                 self.lost = Some(Loss::Removed);
@@ -288,6 +294,17 @@ mod tests {
         let short = Outcome::Answered(Renewal::Renewed(Duration::from_secs(1)));
         lease.after_renewal(at(3_000), short, at(3_001), Duration::ZERO);
         assert_eq!(lease.valid_until(), valid_until(at(3_000).boot, Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn renewals_are_spaced_by_what_was_granted_if_that_is_less() {
+        let short = Duration::from_secs(2);
+        let mut lease = Lease::new(at(0), TTL, short, true, None);
+        let Next::At(first) = lease.first(at(0).boot, Duration::ZERO) else { panic!("it is to be renewed") };
+        assert!(first < at(500).boot, "{first:?}");
+        let renewed = Outcome::Answered(Renewal::Renewed(short));
+        let Next::At(next) = lease.after_renewal(at(200), renewed, at(201), Duration::ZERO) else { panic!() };
+        assert!(next < at(700).boot, "{next:?}");
     }
 
     #[test]

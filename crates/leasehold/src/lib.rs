@@ -48,6 +48,7 @@
 struct ReadmeExamples;
 
 pub mod blocking;
+mod cell;
 pub mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;

@@ -160,7 +160,7 @@ impl Mutex {
     /// Waits for the lock for `patience` at most; `None` if somebody else had it all the time. At least one look is taken.
     ///
     /// # Errors
-    /// As [`lock`](Self::lock), but never `Busy`.
+    /// As [`lock`](Self::lock), but never `Busy`; `Unknown` if the store had not answered once when the time was up.
     ///
     /// # Cancel safety
     /// As [`lock`](Self::lock).
@@ -235,7 +235,12 @@ impl Mutex {
         let mut claim = Claim::new(self.name.clone()?, clock::claim_id(), self.settings.ttl)
             .with_record(self.record.get_or_init(|| self.encode_record()).clone()?);
         claim.queue = retry.is_some();
-        check_ttl(&self.keeper.store().guarantees(), claim.ttl).map_err(|bad| self.tell(bad))?;
+        let guarantees = self.keeper.store().guarantees();
+        check_ttl(&guarantees, claim.ttl).map_err(|bad| self.tell(bad))?;
+        if let Some(limit) = self.settings.max_hold {
+            // A holder that is stuck does not give the lock back: the store must free it.
+            claim.ttl = claim.ttl.min(limit.max(guarantees.least_ttl));
+        }
         match wait::acquire(&self.keeper, &claim, retry, deadline).await? {
             Ended::Busy(holder) => Ok(Err(holder)),
             Ended::Won(won) => {

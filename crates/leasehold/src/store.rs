@@ -7,7 +7,8 @@
 //! 3. Release by a claim that does not hold changes nothing and says which case it was.
 //! 4. Releasing twice, or after expiry, is an answer, never an error.
 //! 5. An unrenewed claim is free within its TTL and the store's slack; a waiter gets it then without any message.
-//! 6. Renewing after a loss says `Lost`. It never re-creates anything, and renewing never shortens a lease.
+//! 6. Renewing after a loss says `Lost`, also if the same claim was granted anew. It never re-creates anything, and
+//!    renewing never shortens a lease.
 //! 7. Each grant of a name has a larger token than every earlier one, as far as [`Guarantees::fencing`] says.
 //! 8. FIFO stores grant in the order of arrival; a claim that is not to queue neither waits nor joins the queue.
 //! 9. A cancelled acquire leaves neither a hold nor a place in the queue.

@@ -46,6 +46,7 @@ pub(crate) async fn acquire(
     loop {
         let look = clock::timeout_at(deadline, armed.look()).await;
         let (ticket, holder) = match look {
+            None if waits.is_none() => return Err(armed.unheard()),
             None => return Ok(Ended::Busy(None)),
             Some(Ok(Looked::Won(won))) => {
                 armed.disarm();
@@ -153,6 +154,14 @@ impl Armed<'_> {
                 .advise("the lock, if it was granted, is being released in the background");
         }
         error.for_name(&self.claim.name)
+    }
+
+    /// The time was up before anybody said that the lock is busy.
+    fn unheard(&self) -> Error {
+        Error::new(ErrorKind::Unknown, "the store did not answer before the time was up")
+            .for_name(&self.claim.name)
+            .on_store(&self.keeper.store().location())
+            .advise("the lock, if it was granted, is being released in the background")
     }
 
     fn too_slow(&self) -> Error {

@@ -16,11 +16,15 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("stores", &["types", "error", "store", "clock", "fence"]),
     ("lease", &["types", "error", "store", "clock"]),
     ("conformance", &["types", "error", "store", "clock", "lease"]),
-    ("keeper", &["types", "error", "store", "clock", "lease"]),
-    ("wait", &["types", "error", "store", "clock", "retry", "lease", "keeper"]),
-    ("guard", &["types", "error", "store", "clock", "retry", "lease", "keeper"]),
-    ("mutex", &["types", "error", "store", "clock", "retry", "lease", "keeper", "wait", "guard"]),
-    ("locks", &["types", "error", "store", "clock", "retry", "lease", "keeper", "wait", "guard", "mutex"]),
+    ("cell", &["types", "error", "store", "clock", "lease"]),
+    ("keeper", &["types", "error", "store", "clock", "lease", "cell"]),
+    ("wait", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper"]),
+    ("guard", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper"]),
+    ("mutex", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "guard"]),
+    (
+        "locks",
+        &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "guard", "mutex"],
+    ),
     (
         "url",
         &[

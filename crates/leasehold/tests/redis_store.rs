@@ -334,6 +334,13 @@ fn tokens_grow_over_every_loss_and_over_a_clock_that_steps_back() {
         }
         assert_eq!(cmd::<u64>(&mut raw, &[b"GET", &fence]), ahead + 3);
         let kept: i64 = cmd(&mut raw, &[b"PTTL", &fence]);
+        // Until the clock has caught up, and the usual time after that.
+        let year = 365 * 86_400_000;
+        assert!(kept > year + 86_400_000 && kept <= year + 90_000_000, "{kept}");
+        let usual = claim("c");
+        granted(&store, &usual).await;
+        let fence_of_c = key_names(b"", &usual.name, usual.id).unwrap().fence;
+        let kept: i64 = cmd(&mut raw, &[b"PTTL", &fence_of_c]);
         assert!(kept > 86_400_000 && kept <= 90_000_000, "{kept}");
         let mut year = claim("b");
         year.ttl = Duration::from_secs(366 * 86_400);
@@ -514,6 +521,20 @@ fn the_guarantees_are_what_the_server_is_set_to() {
 }
 
 #[test]
+fn a_renewal_that_asks_for_little_costs_the_others_of_its_batch_no_answer() {
+    let (server, store) = fresh();
+    let mut raw = server.raw();
+    block_on(async {
+        let mut short = hold(&store, &claim("short")).await;
+        let long = hold(&store, &claim("long")).await;
+        short.extend = Some(Duration::from_millis(10));
+        cmd::<()>(&mut raw, &[b"CLIENT", b"PAUSE", b"200"]);
+        let answers = store.renew(&[short, long]).await;
+        assert!(matches!(answers[1], Ok(Renewal::Renewed(_))), "{answers:?}");
+    });
+}
+
+#[test]
 fn claims_that_go_together_get_each_its_own_answer() {
     let (server, store) = fresh();
     let mut raw = server.raw();
@@ -601,5 +622,20 @@ fn a_command_refused_as_a_whole_costs_only_whom_it_concerns() {
             let (number, outcome) = task.await.unwrap();
             assert_eq!(outcome.is_err(), number == 40, "{number}: {outcome:?}");
         }
+    });
+}
+
+#[test]
+fn a_release_whose_tombstone_could_not_be_written_is_no_known_answer() {
+    let (server, store) = fresh();
+    let mut raw = server.raw();
+    let mine = claim("a");
+    cmd::<()>(&mut raw, &[b"CONFIG", b"SET", b"maxmemory", b"1"]);
+    block_on(async {
+        let error = store.release(&Held::unanswered(&mine)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+        cmd::<()>(&mut raw, &[b"CONFIG", b"SET", b"maxmemory", b"0"]);
+        assert_eq!(store.release(&Held::unanswered(&mine)).await.unwrap(), Released::NotHeld);
+        assert_eq!(store.acquire(&mine).await.unwrap_err().kind(), ErrorKind::Rejected, "withdrawn");
     });
 }

@@ -315,6 +315,7 @@ fn a_wrong_login_is_refused_without_showing_the_password() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one walk over all ways to trust, on one server")]
 fn tls_trusts_the_given_authority_and_no_other() {
     let folder = Arc::new(tempfile::tempdir().unwrap());
     let path = folder.path();

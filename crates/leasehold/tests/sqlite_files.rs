@@ -258,3 +258,17 @@ fn an_operator_is_told_what_is_found() {
     fs::remove_dir_all(beside(&path, "-live")).unwrap();
     assert_eq!(worst().check, "liveness");
 }
+
+#[test]
+fn a_gate_that_nobody_opens_is_told_and_not_waited_at_for_ever() {
+    let (_folder, path) = place();
+    let locks = leasehold::Locks::over(std::sync::Arc::new(open(&path))).unwrap();
+    // As a process does that was stopped in the middle of a transaction.
+    let gate = fs::File::open(beside(&path, "-gate")).unwrap();
+    gate.lock().unwrap();
+    let error = block_on(locks.mutex("a").try_lock()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unknown);
+    assert!(error.to_string().contains("gate"), "{error}");
+    gate.unlock().unwrap();
+    assert!(block_on(locks.mutex("a").lock()).is_ok(), "and goes on when it opens");
+}

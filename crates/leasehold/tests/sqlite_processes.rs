@@ -364,3 +364,37 @@ fn a_read_only_disk_is_a_clear_error() {
     let error = process.line();
     assert!(error.starts_with("Rejected") && error.contains("writ"), "{error}");
 }
+
+#[test]
+fn a_container_that_is_told_another_boot_respects_a_living_holder() {
+    // As systemd-nspawn does it: each container sees a boot id of its own, on the one kernel.
+    let (folder, path) = place();
+    let boot_id = folder.path().join("boot_id");
+    fs::write(&boot_id, "00112233-4455-6677-8899-aabbccddeeff\n").unwrap();
+    let script = "set -e; mount --bind \"$0\" /proc/sys/kernel/random/boot_id; exec \"$@\"";
+    let container = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, boot_id.to_str().unwrap()];
+    let mut holder = Process::start_in(&container, "hold", &path, LONG);
+    let token = holder.token();
+    let store = open(&path);
+    assert!(attempt(&store).is_none(), "its holder lives");
+    let view = block_on(store.inspect(&Query::One(Name::new("a").unwrap()))).unwrap();
+    assert!(view.items[0].holder.is_some());
+    holder.kill();
+    assert!(attempt_until_granted(&store).token > token);
+}
+
+#[test]
+fn a_database_bound_by_itself_into_another_folder_is_refused() {
+    // Its log and its gate would be others than those beside the original: two holders of every lock.
+    let (folder, path) = place();
+    drop(open(&path));
+    let elsewhere = folder.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let bound = elsewhere.join("locks.db");
+    fs::write(&bound, "").unwrap();
+    let script = format!("set -e; mount --bind {} \"$0\"; exec \"$@\"", path.display());
+    let container = ["unshare", "--map-root-user", "--mount", "sh", "-c", &script, bound.to_str().unwrap()];
+    let mut process = Process::start_in(&container, "open", &bound, LONG);
+    let error = process.line();
+    assert!(error.starts_with("Rejected") && error.contains("mount"), "{error}");
+}

@@ -204,7 +204,10 @@ impl State {
     fn renew(&mut self, held: &Held) -> Renewal {
         let now = clock::now();
         let extension = held.extend.map(|ttl| self.granted(ttl));
-        let Some(hold) = self.live(&held.name).filter(|hold| hold.id == held.id) else {
+        let Some(hold) = self
+            .live(&held.name)
+            .filter(|hold| hold.id == held.id && held.token.is_none_or(|token| token == hold.token))
+        else {
             return Renewal::Lost;
         };
         if let Some(ttl) = extension {
@@ -311,7 +314,7 @@ impl Store for MemoryStore {
             })
             .map(|(name, entry)| entry.view(name, now))
             .filter(|view| view.holder.is_some())
-            .take(limit + 1)
+            .take(limit.saturating_add(1))
             .collect();
         let more = items.len() > limit;
         items.truncate(limit);

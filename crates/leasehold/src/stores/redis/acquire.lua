@@ -24,6 +24,8 @@ for i = 1, count do
   if not answer then
     local ttl, kept = ARGV[3 * i], '90000000'
     if #ttl > 7 and ttl * 2 > 90000000 then kept = string.format('%.0f', ttl * 2) end
+    -- A token that is ahead of the clock is kept until the clock has caught up.
+    if token > now then kept = string.format('%.0f', kept + (token - now) / 1000) end
     local set = pcall('SET', lock, ARGV[3 * i - 2] .. text .. ':' .. ARGV[3 * i - 1], 'NX', 'PX', ttl)
     if not set then
       local value = pcall('GET', lock)

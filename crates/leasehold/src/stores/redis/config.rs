@@ -201,6 +201,11 @@ fn bad(what: impl Into<String>) -> Error {
 }
 
 fn shown(text: &str) -> String {
+    if text.contains('@') {
+        // An unescaped /, ? or # in a password ends the part of the URL that it stands in.
+        return "(not shown, as it may be a part of a password: write / ? # and @ in it as %2F %3F %23 and %40)"
+            .into();
+    }
     Escaped(text.as_bytes()).to_string()
 }
 
@@ -354,6 +359,9 @@ mod tests {
             ("redis+unix://", "socket"),
             ("unix:///", "socket"),
             ("redis://u:hunter2#@h", ""),
+            ("redis://u:123/hunter2@h", "database"),
+            ("redis://u:123?hunter2@h", "parameter"),
+            ("redis://u:123?timeout=hunter2@h", "timeout"),
             ("not a url", "URL"),
         ] {
             let error = RedisConfig::from_url(url).expect_err(url);

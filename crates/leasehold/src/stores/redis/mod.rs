@@ -152,9 +152,10 @@ impl RedisStore {
 
     /// The answers of items that are all in range, in their order.
     async fn renew_all(&self, items: &[Renewable<'_>]) -> Result<Vec<Result<Renewal>>> {
-        let shortest =
-            items.iter().filter(|item| item.ttl > 0).map(|item| Duration::from_millis(item.ttl)).min();
-        let deadline = self.deadline(shortest);
+        // One that comes to the end of its longest hold asks for little, and must not cost the others their answer.
+        let longest =
+            items.iter().filter(|item| item.ttl > 0).map(|item| Duration::from_millis(item.ttl)).max();
+        let deadline = self.deadline(longest);
         let link = self.connector.link(deadline).await?;
         let mut calls = Pipeline::with_capacity(items.len().div_ceil(BATCH));
         for batch in items.chunks(BATCH) {
@@ -281,7 +282,13 @@ fn renew_call(keyspace: &Keyspace, batch: &[Renewable<'_>], by: By) -> Result<Cm
     call.write_arg(keyspace.index());
     call.write_arg_fmt(keyspace.prefix().len());
     for item in batch {
-        call.write_arg(&owner(item.held.id));
+        // With its token: a grant that was lost is not renewed by one that the same claim was given later.
+        let mut out = call.writer_for_next_arg();
+        wrote(out.write_all(&owner(item.held.id)))?;
+        if let Some(token) = item.held.token {
+            wrote(write!(out, "{token}:"))?;
+        }
+        drop(out);
         call.write_arg_fmt(item.ttl);
     }
     Ok(call)

@@ -1,13 +1,12 @@
 -- KEYS: the lock of each claim, then the tombstones wanted. ARGV: owner of each claim, with a + where a tombstone is wanted.
--- Answers for each: 1 released, 0 not held, 2 held by another.
-local count, wanted = #ARGV, #ARGV
+-- Answers for each: 1 released, 0 not held, 2 held by another; or an error.
+local count = #ARGV
 local seen = redis.call('MGET', unpack(KEYS, 1, count))
 local answers, ended, over = {}, {}, {}
 for i = 1, count do
   local lock, value, owner = KEYS[i], seen[i], ARGV[i]
   if #owner > 37 then
-    wanted = wanted + 1
-    over[#over + 1] = KEYS[wanted]
+    over[#over + 1] = i
     owner = string.sub(owner, 1, 37)
   end
   if value then
@@ -26,5 +25,9 @@ for i = 1, count do
   end
 end
 if ended[1] then redis.call('DEL', unpack(ended)) end
-for i = 1, #over do redis.pcall('SET', over[i], '', 'PX', 3600000) end
+for i = 1, #over do
+  -- Without its tombstone (memory may be full) a late request could still take the lock: the release is to be asked again.
+  local set = redis.pcall('SET', KEYS[count + i], '', 'PX', 3600000)
+  if set.err then answers[over[i]] = set end
+end
 return answers

@@ -1,11 +1,12 @@
--- KEYS: locks, then the index. ARGV: length of the prefix, then owner and ttl ms (0: only confirm) of each lock.
+-- KEYS: locks, then the index. ARGV: length of the prefix, then owner (with its token, if known) and ttl ms (0: only
+-- confirm) of each lock.
 -- Answers for each lock: remaining ms, -1 if it never ends, -2 if it is lost, or an error.
 local answers, held, longest = {}, {}, 0
 local count = #KEYS - 1
 for i = 1, count do
-  local value = redis.pcall('GET', KEYS[i])
+  local value, owner = redis.pcall('GET', KEYS[i]), ARGV[2 * i]
   local answer = -2
-  if type(value) == 'string' and string.sub(value, 1, 37) == ARGV[2 * i] then
+  if type(value) == 'string' and string.sub(value, 1, #owner) == owner then
     local ttl = tonumber(ARGV[2 * i + 1])
     answer = redis.call('PTTL', KEYS[i])
     if ttl > 0 and answer < ttl then

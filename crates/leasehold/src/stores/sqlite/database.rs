@@ -222,7 +222,7 @@ impl Transaction<'_> {
                 self.connection
                     .prepare_cached(
                         "DELETE FROM locks WHERE name > ?1 AND name <= ?2 AND token < ?3 \
-                         AND (claim IS NULL OR boot <> ?4 OR expires <= ?5)",
+                         AND (claim IS NULL OR expires <= ?5 OR (boot <> ?4 AND lifeline IS NULL))",
                     )?
                     .execute((after, last, oldest, self.boot.id(), self.now))?;
             }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 
@@ -118,7 +119,7 @@ pub(super) fn resolve(path: &Path, create: bool) -> Result<PathBuf> {
     match fs::metadata(&path) {
         Ok(found) => {
             refuse_non_files(&path, &found)?;
-            fs::canonicalize(&path).map_err(|e| unusable(&path, e))
+            fs::canonicalize(&path).map_err(|e| unusable(&path, e)).and_then(refuse_mounted_alone)
         }
         Err(e) if e.kind() != io::ErrorKind::NotFound || !create => Err(unusable(&path, e)),
         Err(_) if fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink()) => {
@@ -147,6 +148,35 @@ fn refuse_non_files(path: &Path, found: &Metadata) -> Result<()> {
             .advise("remove all but one of them"));
     }
     Ok(())
+}
+
+/// Refuses a file that is mounted by itself, as by `docker run -v /srv/locks.db:/locks.db`: its log and its gate would
+/// be others here than there, and each lock would have two holders.
+fn refuse_mounted_alone(path: PathBuf) -> Result<PathBuf> {
+    // Where no such list is, there are no such mounts.
+    let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    if mount_points(&mounts).any(|point| point == path.as_os_str().as_bytes()) {
+        return Err(refused("the lock database is mounted here by itself, without its folder", &path)
+            .advise("mount its folder: the files beside it must be the same for everybody"));
+    }
+    Ok(path)
+}
+
+/// The fifth word of each line, where blanks and the like stand as octal numbers: `\040`.
+fn mount_points(mounts: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    mounts.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut rest = line.split(|byte| *byte == b' ').nth(4)?;
+        let mut point = Vec::with_capacity(rest.len());
+        while let [first, tail @ ..] = rest {
+            let escaped = tail
+                .get(..3)
+                .filter(|_| *first == b'\\')
+                .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+            point.push(escaped.unwrap_or(*first));
+            rest = if escaped.is_some() { &tail[3..] } else { tail };
+        }
+        Some(point)
+    })
 }
 
 fn refuse_network(path: &Path) -> Result<()> {
@@ -300,6 +330,12 @@ mod tests {
             assert_eq!(file_system_name(*magic), *name);
         }
         assert_eq!(file_system_name(0x1234_5678), "number 0x12345678");
+    }
+
+    #[test]
+    fn mount_points_are_read() {
+        let mounts = b"36 35 98:0 /mnt1 /mnt\\0402\\134 rw - ext3 /dev/root rw\n37 35 0:1 / /x rw\nshort\n";
+        assert_eq!(mount_points(mounts).collect::<Vec<_>>(), [b"/mnt 2\\".to_vec(), b"/x".to_vec()]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use rusqlite::{OptionalExtension, Params};
 
 use super::database::{Database, failure};
-use super::lifeline::LifelineId;
+use super::lifeline::{Life, LifelineId};
 use super::verbs::{LOCK_COLUMNS, Lock};
 use crate::error::Result;
 use crate::types::{Holder, LockView, Name, Page, Query};
@@ -16,7 +16,7 @@ const CHUNK: usize = 256;
 /// Answers a query about the locks of `database`.
 pub(super) fn inspect(database: &Database, query: &Query) -> Result<Page<LockView>> {
     database.verify()?;
-    let mut look = Look { database, dead: HashMap::new() };
+    let mut look = Look { database, seen: HashMap::new() };
     match query {
         Query::One(name) => Ok(Page { items: vec![look.one(name)?], next: None }),
         Query::Prefix { prefix, after, limit } => look.list(prefix, after.as_ref(), *limit),
@@ -27,7 +27,7 @@ pub(super) fn inspect(database: &Database, query: &Query) -> Result<Page<LockVie
 struct Look<'a> {
     database: &'a Database,
     /// Lifelines looked at already: a process with a thousand locks is asked once.
-    dead: HashMap<LifelineId, bool>,
+    seen: HashMap<LifelineId, Life>,
 }
 
 impl Look<'_> {
@@ -98,7 +98,7 @@ impl Look<'_> {
     fn holder(&mut self, lock: &Lock) -> Option<Holder> {
         let Database { boot, lifelines, .. } = self.database;
         let now = boot.now();
-        let hold = lock.live(boot, now, |id| *self.dead.entry(id).or_insert_with(|| lifelines.is_dead(id)));
+        let hold = lock.live(boot, now, |id| *self.seen.entry(id).or_insert_with(|| lifelines.life(id)));
         hold.map(|hold| hold.show(lock.token, now))
     }
 }

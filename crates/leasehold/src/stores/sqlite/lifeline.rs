@@ -49,6 +49,17 @@ impl LifelineId {
     }
 }
 
+/// What is known of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    /// It and all its family are dead.
+    Dead,
+    /// It or one of its family lives, on this very kernel.
+    Alive,
+    /// Nothing.
+    Unknown,
+}
+
 /// The folder of lifelines beside a database, and our own among them.
 #[derive(Debug)]
 pub(super) struct Lifelines {
@@ -95,13 +106,20 @@ impl Lifelines {
         self.folder.join(id.file_name())
     }
 
-    /// Whether the process and all its family are dead for certain. A file that is missing, another's or out of reach
-    /// proves nothing.
+    /// What its file says of a process. One that is missing, another's or out of reach says nothing.
+    pub(super) fn life(&self, id: LifelineId) -> Life {
+        if id == self.id {
+            return Life::Alive;
+        }
+        match File::open(self.path(id)) {
+            Ok(file) if file.metadata().is_ok_and(|found| found.ino() == id.inode()) => look(&file),
+            _ => Life::Unknown,
+        }
+    }
+
+    /// Whether the process and all its family are dead for certain.
     pub(super) fn is_dead(&self, id: LifelineId) -> bool {
-        id != self.id
-            && File::open(self.path(id)).is_ok_and(|file| {
-                file.metadata().is_ok_and(|found| found.ino() == id.inode()) && is_free(&file)
-            })
+        self.life(id) == Life::Dead
     }
 
     /// Removes the file of a process that is dead and of whose holds no row is left.
@@ -122,11 +140,12 @@ impl Lifelines {
     }
 }
 
-/// Whether nobody holds the lock of this file. The look itself takes a shared lock, for as long as `file` is open.
-fn is_free(file: &File) -> bool {
+/// Whether somebody holds the lock of this file. The look itself takes a shared lock, for as long as `file` is open.
+fn look(file: &File) -> Life {
     match file.try_lock_shared() {
-        Ok(()) => true,
-        Err(TryLockError::WouldBlock | TryLockError::Error(_)) => false,
+        Ok(()) => Life::Dead,
+        Err(TryLockError::WouldBlock) => Life::Alive,
+        Err(TryLockError::Error(_)) => Life::Unknown,
     }
 }
 

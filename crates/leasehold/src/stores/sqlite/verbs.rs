@@ -6,7 +6,7 @@ use rusqlite::{OptionalExtension, Row};
 
 use super::boot::{Boot, micros};
 use super::database::{Transaction, failure};
-use super::lifeline::LifelineId;
+use super::lifeline::{Life, LifelineId};
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{
@@ -56,14 +56,13 @@ impl Lock {
     }
 
     /// The hold if it still counts: of this boot, not expired, its process not known to be dead.
-    pub(super) fn live(
-        &self,
-        boot: &Boot,
-        now: i64,
-        is_dead: impl FnOnce(LifelineId) -> bool,
-    ) -> Option<&Hold> {
-        let hold = self.hold.as_ref()?;
-        let counts = hold.boot == boot.id() && hold.expires > now && !hold.lifeline.is_some_and(is_dead);
+    ///
+    /// A process that lives is of this boot, whatever it was told: systemd-nspawn gives each container a boot id of its
+    /// own. The clock is the kernel's, and so the same for both.
+    pub(super) fn live(&self, boot: &Boot, now: i64, life: impl FnOnce(LifelineId) -> Life) -> Option<&Hold> {
+        let hold = self.hold.as_ref().filter(|hold| hold.expires > now)?;
+        let life = hold.lifeline.map_or(Life::Unknown, life);
+        let counts = if hold.boot == boot.id() { life != Life::Dead } else { life == Life::Alive };
         counts.then_some(hold)
     }
 }
@@ -97,7 +96,7 @@ impl Transaction<'_> {
     }
 
     fn live<'l>(&self, lock: &'l Lock) -> Option<&'l Hold> {
-        lock.live(self.boot, self.now, |id| self.lifelines.is_dead(id))
+        lock.live(self.boot, self.now, |id| self.lifelines.life(id))
     }
 
     /// Remembers whether the hold of `name` is bound to our own lifeline.
@@ -178,7 +177,10 @@ impl Transaction<'_> {
     pub(super) fn renew(&mut self, held: &Held) -> Result<Renewal> {
         let lock = self.find(&held.name)?;
         let live = lock.as_ref().and_then(|lock| self.live(lock));
-        let Some(row) = live.filter(|row| row.claim == held.id) else {
+        let granted = lock.as_ref().map(|lock| lock.token);
+        let is_this_grant =
+            |row: &&Hold| row.claim == held.id && (held.token.is_none() || held.token == granted);
+        let Some(row) = live.filter(is_this_grant) else {
             self.note(&held.name, live);
             return Ok(Renewal::Lost);
         };

@@ -9,10 +9,13 @@ use tokio::sync::oneshot;
 
 use super::database::{Database, Transaction};
 use super::{Options, open};
+use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How many requests one turn at the gate may serve: what other processes wait is bounded by this.
 const TURN: usize = 32;
+/// How long a request waits for its answer: what a disk or a queue of other processes may take, and no more.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a store that is dropped waits for its files to be put in order.
 const FAREWELL: Duration = Duration::from_millis(100);
 
@@ -73,6 +76,9 @@ impl Worker {
     ///
     /// # Cancel safety
     /// Dropped before its transaction began, nothing is done; dropped later, all of it.
+    ///
+    /// # Errors
+    /// Those of `work`, and `Unknown` if no answer came in five seconds.
     pub(super) async fn transact<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T> + Send + 'static,
@@ -87,7 +93,12 @@ impl Worker {
             (!reply.is_closed())
                 .then(|| answer_with(reply, entered.and_then(|()| database.transaction(work))))
         }))?;
-        answer.await.unwrap_or_else(|_| Err(ended_early()))
+        match clock::timeout_at(clock::now().plus(PATIENCE), answer).await {
+            Some(answer) => answer.unwrap_or_else(|_| Err(ended_early())),
+            None => Err(Error::new(ErrorKind::Unknown, "the lock database did not answer in time").advise(
+                "a program that is stopped or frozen may stand in its gate: `fuser -v FILE-gate` names it",
+            )),
+        }
     }
 
     fn send(&self, job: Job) -> Result<()> {
