@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::pin::pin;
 
 use leasehold::clock::{self, Instant};
-use leasehold::{Error, ErrorKind, Guard, Holder, Locks, Released};
+use leasehold::{Error, ErrorKind, Guard, Holder, Locks, Released, Status};
 use serde_json::json;
 
 use crate::child::{self, Ended, Guarded, Message, Orders, Outside, Report, Signals, Surroundings};
@@ -169,7 +169,7 @@ impl Run<'_> {
         let ignore = self.plan.leash.on_lost == OnLost::Ignore;
         let mut changed: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(changed);
         let mut loss = pin!(guard.lost());
-        let (mut lost, mut started) = (false, false);
+        let (mut lost, mut started, mut unsure) = (false, false, false);
         loop {
             // The guardian kills at the margin. If it cannot (stopped, say) this is the last moment to do it here.
             let last = if ignore { Instant::FAR } else { deadline.minus(self.plan.leash.margin / 2) };
@@ -207,6 +207,7 @@ impl Run<'_> {
                     changed = Box::pin(guard.changed());
                     deadline = deadline.max(guard.valid_until());
                     guarded.tell(Message::Deadline(deadline));
+                    self.tell_doubt(guard, &mut unsure);
                 }
                 outside = self.signals.next() => match outside {
                     Outside::Signal(number, from_terminal) => {
@@ -222,6 +223,28 @@ impl Run<'_> {
                 }
             }
         }
+    }
+
+    /// Says once when renewals begin to fail, and once when they are answered again.
+    fn tell_doubt(&mut self, guard: &Guard, unsure: &mut bool) {
+        let now = guard.status() == Status::Unsure;
+        if std::mem::replace(unsure, now) == now {
+            return;
+        }
+        let (name, left) = (&self.plan.name, human(guard.remaining()));
+        let message = if now {
+            format!(
+                "the lock {name} could not be renewed, trying again; it is lost in {left} unless that succeeds"
+            )
+        } else {
+            format!("the lock {name} is renewed again")
+        };
+        let event = if now { "unsure" } else { "held" };
+        self.reporter.tell(
+            event,
+            json!({ "remaining_ms": u64::try_from(guard.remaining().as_millis()).unwrap_or(u64::MAX) }),
+            Some(message),
+        );
     }
 
     /// Whether the lock was provably held until the last process was reaped.

@@ -92,6 +92,28 @@ fn on_a_server_too_the_command_is_dead_before_the_lock_passes_on() {
 }
 
 #[test]
+fn renewals_that_fail_are_told_and_so_is_their_recovery() {
+    let server = leasehold_chaos::servers::RedisServer::start();
+    let place = Place { folder: tempfile::tempdir().unwrap(), store: Some(server.url()) };
+    // With its events in a file: the command runs until it is told that the lock was held again.
+    let shell = "exec \"$0\" run --ttl 20s --status-fd 5 y -c 'echo ready; until grep -q held events; do sleep 0.05; done' 5> events";
+    let mut command = std::process::Command::new("setsid");
+    command.args(["sh", "-c", shell, common::LEASEHOLD]).current_dir(place.folder.path());
+    command.env("LEASEHOLD_STORE", place.url()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let running = Running::start(command);
+    leasehold_chaos::eventually("it runs", || place.await_file("events").contains("started"));
+    server.pause();
+    leasehold_chaos::eventually("doubt is told", || place.await_file("events").contains("unsure"));
+    server.resume();
+    let (code, _, err) = running.end();
+    assert_eq!(code, Some(0), "{err}");
+    assert!(err.contains("could not be renewed") && err.contains("renewed again"), "{err}");
+    let told = events(&place.path("events"));
+    let names: Vec<_> = told.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(names, ["acquired", "started", "unsure", "held", "exited", "released"]);
+}
+
+#[test]
 fn a_killed_guardian_takes_the_command_with_it() {
     for (name, script) in STUBBORN {
         let place = Place::new();

@@ -367,3 +367,28 @@ fn ten_thousand_held_locks_cost_one_command_per_hundred_and_interval() {
     drop(guards);
     block_on(locks.close());
 }
+
+#[test]
+fn a_lease_counts_from_before_the_request_was_sent() {
+    let (_server, proxy, locks) = linked();
+    let late = ms(600);
+    proxy.delay_replies(late);
+    let mutex = locks.mutex("a").ttl(ms(30_000));
+    let before = clock::now();
+    let guard = lock(&mutex.clone().renew(false));
+    // The answer came so late; of the lease that much had gone by then.
+    assert!(guard.valid_until() < before.plus(ms(30_000)), "{:?}", guard.remaining());
+    assert!(guard.remaining() + late < ms(30_000));
+    let sent = clock::now();
+    let left = block_on(guard.extend(ms(60_000))).unwrap();
+    assert!(left + late < ms(60_000) && guard.valid_until() < sent.plus(ms(60_000)), "{left:?}");
+    proxy.delay_replies(ms(0));
+    assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+
+    // The same for what the keeper renews.
+    let guard = lock(&locks.mutex("b").ttl(ms(6_000)));
+    proxy.delay_replies(late);
+    let first = guard.valid_until();
+    eventually("a renewal that was answered late", || guard.valid_until() > first);
+    assert!(guard.remaining() + late < ms(6_000), "{:?}", guard.remaining());
+}

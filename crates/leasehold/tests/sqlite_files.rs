@@ -10,7 +10,7 @@ use std::time::Duration;
 use leasehold::clock;
 use leasehold::store::Store;
 use leasehold::stores::sqlite::{Options, SqliteStore, default_path};
-use leasehold::{Acquired, Binding, Claim, Held, Name, Query, Released, Severity};
+use leasehold::{Acquired, Binding, Claim, Held, Name, Query, Released, Renewal, Severity};
 use leasehold::{Error, ErrorKind};
 use pollster::block_on;
 use tempfile::TempDir;
@@ -212,7 +212,6 @@ fn a_database_that_vanished_is_no_second_database() {
         let errors = || {
             [
                 block_on(store.acquire(&claim("b"))).unwrap_err(),
-                block_on(store.renew(std::slice::from_ref(&held))).pop().unwrap().unwrap_err(),
                 block_on(store.release(&held)).unwrap_err(),
                 block_on(store.inspect(&Query::One(Name::new("a").unwrap()))).unwrap_err(),
             ]
@@ -221,10 +220,13 @@ fn a_database_that_vanished_is_no_second_database() {
             assert_eq!(error.kind(), ErrorKind::Rejected);
             assert!(error.to_string().contains("deleted"), "{error}");
         }
+        let renewed = || block_on(store.renew(std::slice::from_ref(&held))).pop().unwrap().unwrap();
+        assert_eq!(renewed(), Renewal::Lost, "others may have it already");
         fs::write(&file, fs::read(&aside).unwrap()).unwrap();
         for error in errors() {
             assert!(error.to_string().contains("replaced"), "{error}");
         }
+        assert_eq!(renewed(), Renewal::Lost);
         let findings = block_on(store.diagnose());
         assert!(findings.iter().any(|found| found.severity == Severity::Failure && found.check == "reach"));
         fs::rename(&aside, &file).unwrap();

@@ -124,8 +124,17 @@ impl SqliteStore {
         let renewals: Result<Vec<Renewal>> = done.await;
         match renewals {
             Ok(renewals) => renewals.into_iter().map(Ok).collect(),
+            Err(error) if error.kind() == ErrorKind::Rejected && self.is_elsewhere().await => {
+                // Nobody else can see what stands in the file that we have open: another may hold the lock already.
+                vec![Ok(Renewal::Lost); count]
+            }
             Err(error) => vec![Err(error); count],
         }
+    }
+
+    /// Whether the path leads to another database by now, or to none.
+    async fn is_elsewhere(&self) -> bool {
+        self.worker.look(|database| database.verify().is_err()).await.unwrap_or(false)
     }
 }
 
