@@ -133,7 +133,9 @@ impl Connector {
             let deadline = clock::now().plus(this.timeout());
             let outcome = match clock::timeout_at(deadline, this.dial()).await {
                 Some(outcome) => outcome,
-                None => Err(this.unavailable("could not connect in time").advise("is the server reachable?")),
+                None => Err(this.unavailable("could not connect in time").advise(
+                    "is the server reachable, and does TLS (rediss:) or its absence (redis:) fit this port?",
+                )),
             };
             *this.slot() = match &outcome {
                 Ok(link) => Slot::Up(link.clone()),
