@@ -105,7 +105,7 @@ pub fn jitter(limit: Duration) -> Duration {
 
 /// Waits until `deadline` by the boot-time clock. Dropping it forgets the timer.
 pub fn sleep_until(deadline: Instant) -> Sleep {
-    Sleep { deadline, key: None }
+    Sleep { deadline, registered: None }
 }
 
 /// Waits for `span` by the boot-time clock.
@@ -131,7 +131,7 @@ pub async fn timeout_at<T>(deadline: Instant, work: impl Future<Output = T>) -> 
 #[must_use = "a sleep does nothing unless awaited"]
 pub struct Sleep {
     deadline: Instant,
-    key: Option<u64>,
+    registered: Option<(&'static Timers, u64)>,
 }
 
 impl Future for Sleep {
@@ -142,15 +142,19 @@ impl Future for Sleep {
             return Poll::Ready(());
         }
         let deadline = self.deadline;
-        self.key = Some(timers().register(self.key, deadline, cx.waker()));
+        let (timers, key) = match self.registered {
+            Some((timers, key)) => (timers, Some(key)),
+            None => (timers(), None),
+        };
+        self.registered = Some((timers, timers.register(key, deadline, cx.waker())));
         Poll::Pending
     }
 }
 
 impl Drop for Sleep {
     fn drop(&mut self) {
-        if let Some(key) = self.key {
-            timers().forget(self.deadline, key);
+        if let Some((timers, key)) = self.registered {
+            timers.forget(self.deadline, key);
         }
     }
 }
@@ -163,6 +167,12 @@ struct Timers {
     thread: OnceLock<()>,
     /// Those of a process that this one's was forked into.
     forked: OnceLock<&'static Timers>,
+}
+
+impl std::fmt::Debug for Timers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Timers").field("process", &self.process).finish_non_exhaustive()
+    }
 }
 
 #[derive(Default)]
@@ -384,7 +394,7 @@ mod tests {
         assert_eq!(got, None);
         let mut sleep = Box::pin(sleep(Duration::from_secs(3600)));
         assert!(sleep.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        let (deadline, key) = (sleep.deadline, sleep.key.unwrap());
+        let (deadline, key) = (sleep.deadline, sleep.registered.unwrap().1);
         assert!(timers().table().sleepers.contains_key(&(deadline, key)));
         drop(sleep);
         assert!(!timers().table().sleepers.contains_key(&(deadline, key)));
