@@ -21,10 +21,10 @@ use std::time::Duration;
 
 use crate::clock::{self, Instant};
 use crate::error::ErrorKind;
-use crate::store::Store;
+use crate::store::{Store, Woken};
 use crate::types::{
-    Acquired, Claim, FencingToken, Grant, Guarantees, Held, MAX_NAME_BYTES, Name, Query, Released, Renewal,
-    Ticket,
+    Acquired, Claim, FencingToken, Grant, Guarantees, Held, LockView, MAX_NAME_BYTES, Name, Query, Released,
+    Renewal,
 };
 
 /// A check under way.
@@ -60,7 +60,7 @@ clauses! {
     5 an_unrenewed_claim_becomes_free,
     6 renewing_after_a_loss_says_lost,
     7 tokens_grow,
-    8 a_claim_that_is_not_to_queue_does_not_wait,
+    8 the_line_is_served_in_order,
     9 a_cancelled_acquire_leaves_nothing,
     10 a_late_request_creates_nothing,
     11 names_never_collide,
@@ -276,10 +276,11 @@ pub async fn tokens_grow(store: &dyn Store) {
         let _ = granted(store, &claim(&other, short)).await;
         free_by(store, &other, free_again(&store.guarantees(), short)).await;
     }
+    tokens_in_a_block(store).await;
 }
 
-/// Clause 8: a claim that is not to queue neither waits nor joins a queue. (The order of arrival comes with the queues.)
-pub async fn a_claim_that_is_not_to_queue_does_not_wait(store: &dyn Store) {
+/// A claim that is not to queue neither waits nor joins a queue.
+async fn a_claim_that_is_not_to_queue_does_not_wait(store: &dyn Store) {
     let name = fresh("no-queue");
     let holder = claim(&name, TTL);
     let grant = granted(store, &holder).await;
@@ -289,20 +290,116 @@ pub async fn a_claim_that_is_not_to_queue_does_not_wait(store: &dyn Store) {
             other => panic!("neither waits nor queues: {other:?}"),
         }
     }
-    let view = store.inspect(&Query::One(name.clone())).await.expect("answered").items.remove(0);
-    assert_eq!(view.waiters, 0);
+    assert_eq!(view(store, &name).await.waiters, 0);
     assert_eq!(released(store, &Held::new(&holder, &grant)).await, Released::Released);
-    let view = store.inspect(&Query::One(name.clone())).await.expect("answered").items.remove(0);
+    let view = view(store, &name).await;
     assert!(view.holder.is_none(), "nobody got it by having tried before: {view:?}");
 }
 
-/// Clause 9: an acquire dropped at any await, and then released as suspect, leaves neither a hold nor a place in a queue.
+/// Clause 8: a claim that is not to queue neither waits nor joins the line; a FIFO store grants in the order of arrival,
+/// tells the place in line, and refuses where the line is full.
+pub async fn the_line_is_served_in_order(store: &dyn Store) {
+    a_claim_that_is_not_to_queue_does_not_wait(store).await;
+    if !store.guarantees().fifo {
+        return;
+    }
+    let name = fresh("line");
+    let holder = claim(&name, TTL);
+    let held = Held::new(&holder, &granted(store, &holder).await);
+    let waiters: Vec<Claim> = (0..5).map(|_| claim(&name, TTL).with_queue(true)).collect();
+    for (place, waiter) in waiters.iter().enumerate() {
+        // Twice: presenting again keeps the place.
+        for _ in 0..2 {
+            match store.acquire(waiter).await {
+                Ok(Acquired::Queued(ticket)) => {
+                    assert_eq!(ticket.ahead(), Some(place as u64));
+                    assert_eq!(ticket.holder().and_then(|holder| holder.id), Some(holder.id));
+                }
+                other => panic!("it should stand in line: {other:?}"),
+            }
+        }
+    }
+    let view = view(store, &name).await;
+    assert_eq!((view.waiters, view.queue.len()), (5, 5));
+    assert!(view.queue.iter().map(|waiter| waiter.id).eq(waiters.iter().map(|waiter| waiter.id)));
+    let full = store.acquire(&claim(&name, TTL).with_queue(true).with_queue_limit(5)).await;
+    assert!(matches!(&full, Err(error) if error.kind() == ErrorKind::QueueFull), "{full:?}");
+    // One in the middle goes; the others keep their order.
+    released(store, &Held::queued(&waiters[2], 0)).await;
+    assert_eq!(released(store, &held).await, Released::Released);
+    let mut last = held.token;
+    for waiter in [0, 1, 3, 4].map(|number| &waiters[number]) {
+        refused(store, &claim(&name, TTL)).await;
+        let grant = handed(store, waiter).await;
+        assert!(Some(grant.token) > last, "tokens grow along the line");
+        last = Some(grant.token);
+        assert_eq!(released(store, &Held::new(waiter, &grant)).await, Released::Released);
+    }
+    let next = claim(&name, TTL);
+    let _ = granted(store, &next).await;
+}
+
+/// A grant that takes several tokens leaves them to no other.
+async fn tokens_in_a_block(store: &dyn Store) {
+    let name = fresh("block");
+    let mine = claim(&name, TTL).with_tokens(10);
+    let grant = granted(store, &mine).await;
+    let next = claim(&name, TTL).with_queue(true).with_tokens(3);
+    refused(store, &next).await;
+    released(store, &Held::new(&mine, &grant)).await;
+    let second = handed(store, &next).await;
+    assert!(second.token.get() >= grant.token.get() + 10, "{} after ten from {}", second.token, grant.token);
+    released(store, &Held::new(&next, &second)).await;
+    let last = granted(store, &claim(&name, TTL)).await;
+    assert!(last.token.get() >= second.token.get() + 3, "{} after three from {}", last.token, second.token);
+}
+
+/// Waits as a waiter does until `claim` has the lock.
+async fn handed(store: &dyn Store, claim: &Claim) -> Grant {
+    let latest = clock::now().plus(GRACE);
+    loop {
+        match store.acquire(claim).await.expect("an acquire is answered") {
+            Acquired::Granted(grant) => return grant,
+            Acquired::Queued(ticket) => match clock::timeout_at(latest, store.woken(&ticket)).await {
+                Some(Woken::Granted { grant, .. }) => return grant,
+                Some(_) => {}
+                None => panic!("{} was handed to nobody", claim.name),
+            },
+            Acquired::Busy(_) if clock::now() < latest => clock::sleep(Duration::from_millis(2)).await,
+            Acquired::Busy(holder) => panic!("{} is held by {holder}", claim.name),
+        }
+    }
+}
+
+/// Clause 9: an acquire dropped at any await, and then released as suspect, leaves neither a hold nor a place in a queue;
+/// so does one that waited in line and was only released.
 pub async fn a_cancelled_acquire_leaves_nothing(store: &dyn Store) {
     for polls in 1..=24 {
         let name = fresh("cancelled");
         let mine = claim(&name, TTL);
         let finished = poll_so_often(store.acquire(&mine), polls).await;
         released(store, &Held::unanswered(&mine)).await;
+        let next = claim(&name, TTL).with_queue(true);
+        let held = Held::new(&next, &granted(store, &next).await);
+
+        let waiting = claim(&name, TTL).with_queue(true);
+        let lined_up = async {
+            if let Ok(Acquired::Queued(ticket)) = store.acquire(&waiting).await {
+                store.woken(&ticket).await;
+            }
+        };
+        poll_so_often(lined_up, polls).await;
+        assert_eq!(released(store, &Held::unanswered(&waiting)).await, Released::HeldByOther);
+        let patient = claim(&name, TTL).with_queue(true);
+        if let Ok(Acquired::Queued(ticket)) = store.acquire(&patient).await {
+            assert_eq!(ticket.ahead().unwrap_or(0), 0, "somebody who had gone is still in line");
+            let gone = Held::queued(&patient, ticket.session);
+            assert_eq!(released(store, &gone).await, Released::HeldByOther);
+        }
+        assert_eq!(view(store, &name).await.waiters, 0);
+
+        assert_eq!(released(store, &held).await, Released::Released);
+        assert!(view(store, &name).await.holder.is_none(), "it was handed to one who had gone");
         let next = claim(&name, TTL);
         let grant = granted(store, &next).await;
         assert_eq!(released(store, &Held::new(&next, &grant)).await, Released::Released);
@@ -310,6 +407,10 @@ pub async fn a_cancelled_acquire_leaves_nothing(store: &dyn Store) {
             return;
         }
     }
+}
+
+async fn view(store: &dyn Store, name: &Name) -> LockView {
+    store.inspect(&Query::One(name.clone())).await.expect("answered").items.remove(0)
 }
 
 /// Polls `work` so often, each time when it asked to be polled, then drops it; true if it was done by then.
@@ -327,16 +428,20 @@ async fn poll_so_often<T>(work: impl Future<Output = T>, polls: usize) -> bool {
     .await
 }
 
-/// Clause 10: a request that arrives after its claim was released as suspect, or withdrawn, creates nothing.
+/// Clause 10: a request that arrives after its claim was released as suspect creates nothing: neither a hold nor a place
+/// in line.
 pub async fn a_late_request_creates_nothing(store: &dyn Store) {
-    for withdraw in [false, true] {
+    for queue in [false, true] {
         let name = fresh("late");
-        let mine = claim(&name, TTL);
-        if withdraw {
-            store.withdraw(&Ticket::new(&mine)).await.expect("a withdrawal is answered");
-        } else {
-            assert_eq!(released(store, &Held::unanswered(&mine)).await, Released::NotHeld);
+        let mine = claim(&name, TTL).with_queue(queue);
+        assert_eq!(released(store, &Held::unanswered(&mine)).await, Released::NotHeld);
+        let other = claim(&name, TTL);
+        let held = Held::new(&other, &granted(store, &other).await);
+        match store.acquire(&mine).await {
+            Ok(Acquired::Busy(_)) | Err(_) => {}
+            queued => panic!("a withdrawn claim was put in line: {queued:?}"),
         }
+        assert_eq!(released(store, &held).await, Released::Released);
         for _ in 0..2 {
             let late = store.acquire(&mine).await;
             let refused = matches!(&late, Err(error) if error.kind() == ErrorKind::Rejected);
@@ -413,18 +518,23 @@ pub async fn leases_are_bounded_and_counted_from_before(store: &dyn Store) {
     assert!(held_for.saturating_add(crate::lease::drift(grant.ttl)) >= grant.ttl, "free after {held_for:?}");
 }
 
-/// Clause 13: a waiter that died delays the others by one lease at most.
+/// Clause 13: a waiter that died, or a host that vanished with a hundred of them, delays the others by one lease at most.
 pub async fn a_dead_waiter_delays_nobody_for_long(store: &dyn Store) {
-    let name = fresh("dead-waiter");
-    let short = store.guarantees().least_ttl.max(Duration::from_millis(100));
-    let holder = claim(&name, short);
-    let grant = granted(store, &holder).await;
-    // It asks to wait, or is told that it is busy, and is never heard of again.
-    let dead = claim(&name, short).with_queue(true);
-    refused(store, &dead).await;
-    let mut forgotten = Box::pin(store.acquire(&dead));
-    let _ = forgotten.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-    drop(forgotten);
-    released(store, &Held::new(&holder, &grant)).await;
-    free_by(store, &name, free_again(&store.guarantees(), short * 2)).await;
+    for dead in [1, 100] {
+        let name = fresh("dead-waiter");
+        let short = store.guarantees().least_ttl.max(Duration::from_millis(100));
+        let holder = claim(&name, short);
+        let grant = granted(store, &holder).await;
+        for number in 0..dead {
+            // It asks to wait, or is told that it is busy, and is never heard of again.
+            let dead = claim(&name, short).with_queue(true);
+            refused(store, &dead).await;
+            if number == 0 {
+                let mut forgotten = Box::pin(store.acquire(&dead));
+                let _ = forgotten.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            }
+        }
+        released(store, &Held::new(&holder, &grant)).await;
+        free_by(store, &name, free_again(&store.guarantees(), short * 2)).await;
+    }
 }

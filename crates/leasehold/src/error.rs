@@ -28,8 +28,12 @@ pub enum ErrorKind {
     Unsupported,
     /// The lock was lost while work relied on it.
     Lost,
-    /// Somebody else kept the lock until the retry policy ended.
+    /// Somebody else kept the lock until the retry policy or the maximum wait ended.
     Busy,
+    /// As many wait in line already as the mutex allows.
+    QueueFull,
+    /// Units of work wait for each other in a circle, and this one is to give way: release what it holds and begin anew.
+    Deadlock,
 }
 
 /// An error of Leasehold: what failed, on which store and lock, and what can be done.

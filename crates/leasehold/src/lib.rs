@@ -72,5 +72,6 @@ pub use lease::{DEFAULT_TTL, Loss, RENEWALS_PER_TTL, Status};
 pub use locks::Locks;
 pub use mutex::Mutex;
 pub use retry::{Retry, Waits};
+pub use store::Woken;
 pub use types::*;
 pub use url::{Connector, connect, diagnose};

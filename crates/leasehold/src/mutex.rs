@@ -12,8 +12,8 @@ use crate::keeper::Keeper;
 use crate::lease::{DEFAULT_TTL, Status};
 use crate::retry::Retry;
 use crate::store::check_ttl;
-use crate::types::{Claim, InvalidName, MAX_RECORD_BYTES, Name, Record, Released};
-use crate::wait::{self, Ended};
+use crate::types::{Claim, InvalidName, MAX_RECORD_BYTES, Name, Record, Released, Ticket};
+use crate::wait::{self, Ended, Patience, Watcher};
 
 /// A handle on one named lock. Cheap: making, cloning and dropping it does no I/O.
 ///
@@ -35,6 +35,9 @@ struct Settings {
     label: Option<String>,
     metadata: BTreeMap<String, String>,
     retry: Retry,
+    max_wait: Option<Duration>,
+    max_queue: Option<u32>,
+    watcher: Option<Watcher>,
 }
 
 impl Mutex {
@@ -46,6 +49,9 @@ impl Mutex {
             label: None,
             metadata: BTreeMap::new(),
             retry: Retry::default(),
+            max_wait: None,
+            max_queue: None,
+            watcher: None,
         };
         Self { keeper, name, settings, record: Arc::default() }
     }
@@ -103,13 +109,53 @@ impl Mutex {
         self.with(|settings| drop(settings.metadata.insert(key.into(), value.into())))
     }
 
-    /// Sets how a waiter spaces its tries where the store cannot wake it, and when it gives up.
+    /// Sets how a waiter spaces its tries where the store cannot wake it, and when it gives up. Where it stands in line
+    /// it needs no tries; a policy that ends then ends the wait when its last try would have been due.
     ///
     /// # Default
     /// [`Retry::default`]: 4 ms to 256 ms, exponential with full jitter, without end.
     #[must_use]
     pub fn retry(self, retry: Retry) -> Self {
         self.with(|settings| settings.retry = retry)
+    }
+
+    /// Sets the longest time to wait for the lock: [`lock`](Self::lock) then fails with `Busy`, and
+    /// [`lock_for`](Self::lock_for) gives `None`.
+    ///
+    /// # Default
+    /// None: it waits as long as the retry policy goes.
+    #[must_use]
+    pub fn max_wait(self, limit: Duration) -> Self {
+        self.with(|settings| settings.max_wait = Some(limit))
+    }
+
+    /// Sets how many may wait in line: one more is refused with [`ErrorKind::QueueFull`]. On stores without a line
+    /// ([`Guarantees::fifo`](crate::Guarantees)) it has no effect.
+    ///
+    /// # Default
+    /// None: the line is as long as it gets.
+    #[must_use]
+    pub fn max_queue(self, limit: u32) -> Self {
+        self.with(|settings| settings.max_queue = Some(limit))
+    }
+
+    /// Sets whom to tell where a waiter stands: once when it has joined the line, and when the store says so again
+    /// (every few seconds at most). It is called in the waiter's task: let it be quick.
+    ///
+    /// # Default
+    /// Nobody.
+    ///
+    /// ```
+    /// # use leasehold::{Locks, stores::memory::MemoryStore};
+    /// # let locks = Locks::over(std::sync::Arc::new(MemoryStore::new()))?;
+    /// let mutex = locks.mutex("report").on_wait(|ticket| {
+    ///     eprintln!("waiting for {}, {:?} ahead", ticket.name, ticket.ahead());
+    /// });
+    /// # Ok::<(), leasehold::Error>(())
+    /// ```
+    #[must_use]
+    pub fn on_wait(self, tell: impl Fn(&Ticket) + Send + Sync + 'static) -> Self {
+        self.with(|settings| settings.watcher = Some(Watcher(Arc::new(tell))))
     }
 
     /// The name of the lock.
@@ -137,8 +183,10 @@ impl Mutex {
             Ok(guard) => Ok(guard),
             Err(holder) => {
                 let who = holder.map_or_else(String::new, |holder| format!(": held by {holder}"));
-                Err(self
-                    .error(ErrorKind::Busy, format!("the retry policy ended before the lock was free{who}")))
+                Err(self.error(
+                    ErrorKind::Busy,
+                    format!("the maximum wait or the retry policy ended before the lock was free{who}"),
+                ))
             }
         }
     }
@@ -235,19 +283,30 @@ impl Mutex {
         let mut claim = Claim::new(self.name.clone()?, clock::claim_id(), self.settings.ttl)
             .with_record(self.record.get_or_init(|| self.encode_record()).clone()?);
         claim.queue = retry.is_some();
+        claim.queue_limit = self.settings.max_queue;
+        let deadline = match self.settings.max_wait {
+            Some(limit) if retry.is_some() => deadline.min(clock::now().plus(limit)),
+            _ => deadline,
+        };
         let guarantees = self.keeper.store().guarantees();
         check_ttl(&guarantees, claim.ttl).map_err(|bad| self.tell(bad))?;
         if let Some(limit) = self.settings.max_hold {
             // A holder that is stuck does not give the lock back: the store must free it.
             claim.ttl = claim.ttl.min(limit.max(guarantees.least_ttl));
         }
-        match wait::acquire(&self.keeper, &claim, retry, deadline).await? {
+        let patience = Patience { retry, deadline, watcher: self.settings.watcher.as_ref() };
+        match wait::acquire(&self.keeper, &claim, patience).await? {
             Ended::Busy(holder) => Ok(Err(holder)),
             Ended::Won(won) => {
                 let Settings { renew, max_hold, .. } = self.settings;
                 let cell = self.keeper.keep(&claim, &won.grant, won.sent, renew, max_hold, won.suspect);
                 tracing::debug!(lock = %claim.name, claim = %claim.id, token = %won.grant.token, "acquired");
-                Ok(Ok(Guard::new(self.keeper.clone(), cell)))
+                let guard = Guard::new(self.keeper.clone(), cell);
+                if !renew && won.grant.ttl < claim.ttl && won.was_handed {
+                    // What is handed over is short at first, and nobody else will lengthen it.
+                    let _ = guard.extend(claim.ttl).await;
+                }
+                Ok(Ok(guard))
             }
         }
     }

@@ -16,7 +16,7 @@
 //!     arrives after its claim was released creates nothing.
 //! 11. Names never collide; an invalid one is refused before any I/O.
 //! 12. The lease is counted from before the request was sent; each store has a least and a most TTL and refuses others.
-//! 13. A dead waiter delays the others by one lease at most.
+//! 13. A dead waiter, or a host that vanishes with a hundred of them, delays the others by one lease at most.
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -25,39 +25,81 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use crate::clock::Now;
 use crate::error::{Error, Result};
 use crate::types::{
-    Acquired, Claim, Finding, Guarantees, Held, LockView, Page, Query, Released, Renewal, Ticket, Woken,
+    Acquired, Claim, Finding, Grant, Guarantees, Held, LockView, Page, Query, Released, Renewal, Ticket,
 };
+
+/// The longest lease that a waiter is handed: what a waiter that died costs the others. A longer TTL begins with the
+/// first renewal.
+pub const HAND_OFF_TTL: Duration = Duration::from_secs(30);
+
+/// Why a waiter is woken.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Woken {
+    /// The lock was handed to it.
+    Granted {
+        /// The grant; its TTL counts from `sent`.
+        grant: Grant,
+        /// A moment before the sending of a request of this claim that the store had when it granted.
+        sent: Now,
+    },
+    /// Still in line, and this is the place now.
+    Waiting(Ticket),
+    /// Something may have changed: present the claim again.
+    Look,
+}
+
+/// How often a waiter is to be heard of, so that it keeps its place: a third of its TTL, 3 s at most.
+pub fn heard_every(ttl: Duration) -> Duration {
+    (ttl / 3).clamp(Duration::from_millis(5), Duration::from_secs(3))
+}
+
+/// For how long a waiter that was heard of counts as alive: two and a half of [`heard_every`], which is less than its TTL.
+pub fn alive_for(ttl: Duration) -> Duration {
+    heard_every(ttl) * 5 / 2
+}
 
 /// A place that keeps locks. See the [module](self) for the clauses it must keep.
 ///
 /// Every method may be dropped at any await: what it began is then unknown, and the caller releases or presents again.
 #[async_trait]
 pub trait Store: Debug + Send + Sync + 'static {
-    /// Presents a claim: granted, queued or busy. Idempotent for one claim id. One round trip.
+    /// Presents a claim: granted, queued or busy. Idempotent for one claim id: it keeps its grant, or its place in line.
+    /// One round trip.
     ///
     /// # Errors
-    /// `Unavailable` if it was not sent, `Unknown` if no answer came, `Rejected` and `Invalid` for good.
+    /// `Unavailable` if it was not sent, `Unknown` if no answer came, `QueueFull`, `Rejected` and `Invalid` for good.
     async fn acquire(&self, claim: &Claim) -> Result<Acquired>;
 
-    /// Waits until a queued claim should be presented again; may be early, is never the only way out of a wait.
+    /// Waits until a queued claim is handed the lock, or should be presented again; may be early. The store keeps the
+    /// place in line alive meanwhile, at no cost for each waiter. A message that got lost is made good for by
+    /// `Look` after some time.
+    ///
+    /// # Cancel safety
+    /// Dropped, the claim stays in line; a grant that comes meanwhile is told by the next call.
     async fn woken(&self, ticket: &Ticket) -> Woken;
+
+    /// Makes known, for some 30 s, that `owner` waits here, where the line itself does not tell ([`Query::Waits`]).
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire).
+    async fn announce(&self, ticket: &Ticket, owner: &str) -> Result<()> {
+        let _ = (ticket, owner);
+        Ok(())
+    }
 
     /// Extends, or only confirms, what is held: one answer an item, in one round trip for as many as the store can.
     async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>>;
 
-    /// Gives a lock back if this claim holds it. One round trip.
+    /// Gives a lock back if this claim holds it, handing it to the next in line; takes the claim out of the line if it
+    /// may wait there ([`Held::waiting`]). One round trip.
     ///
     /// # Errors
     /// As [`acquire`](Self::acquire). Not holding it is an answer.
     async fn release(&self, held: &Held) -> Result<Released>;
-
-    /// Leaves the queue, and gives back a grant that came meanwhile.
-    ///
-    /// # Errors
-    /// As [`acquire`](Self::acquire).
-    async fn withdraw(&self, ticket: &Ticket) -> Result<()>;
 
     /// Who holds what.
     ///

@@ -7,6 +7,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+mod guarantees;
+
+pub use guarantees::{Fencing, Finding, Guarantees, Persistence, Severity};
+
 /// The largest name, in bytes.
 pub const MAX_NAME_BYTES: usize = 512;
 /// The largest encoded [`Record`], in bytes.
@@ -230,6 +234,11 @@ pub struct Claim {
     pub mode: Mode,
     /// Whether to wait in line if it is busy; stores without a queue answer `Busy` all the same.
     pub queue: bool,
+    /// How many may stand in line before it: a longer line is refused with `QueueFull`.
+    pub queue_limit: Option<u32>,
+    /// How many fencing tokens the grant takes: its own and the ones after it, for holders that pass the lock on among
+    /// themselves. At least one.
+    pub tokens: u32,
     /// What the claim is bound to.
     pub binding: Binding,
     /// The encoded [`Record`].
@@ -245,6 +254,8 @@ impl Claim {
             ttl,
             mode: Mode::Exclusive,
             queue: false,
+            queue_limit: None,
+            tokens: 1,
             binding: Binding::Process,
             record: Arc::from("{}"),
         }
@@ -261,6 +272,20 @@ impl Claim {
     #[must_use]
     pub fn with_queue(mut self, queue: bool) -> Self {
         self.queue = queue;
+        self
+    }
+
+    /// The same claim, refused if so many stand in line already.
+    #[must_use]
+    pub fn with_queue_limit(mut self, limit: u32) -> Self {
+        self.queue_limit = Some(limit);
+        self
+    }
+
+    /// The same claim, taking so many tokens (one at least).
+    #[must_use]
+    pub fn with_tokens(mut self, tokens: u32) -> Self {
+        self.tokens = tokens.max(1);
         self
     }
 
@@ -301,6 +326,8 @@ pub struct Held {
     pub session: u64,
     /// Whether a presentation of the claim may still be under way, so that release must forbid it for good.
     pub suspect: bool,
+    /// Whether the claim may stand in line, so that release must take it out of there too.
+    pub waiting: bool,
 }
 
 impl Held {
@@ -314,10 +341,11 @@ impl Held {
             binding: claim.binding,
             session: grant.session,
             suspect: false,
+            waiting: false,
         }
     }
 
-    /// What `claim` may hold, no answer having come: suspect.
+    /// What `claim` may hold, no answer having come: suspect, and in line if it was to queue.
     pub fn unanswered(claim: &Claim) -> Self {
         Self {
             name: claim.name.clone(),
@@ -327,7 +355,13 @@ impl Held {
             binding: claim.binding,
             session: 0,
             suspect: true,
+            waiting: claim.queue,
         }
+    }
+
+    /// What `claim` may hold that was put in line on `session`: the lock may have been handed to it meanwhile.
+    pub fn queued(claim: &Claim, session: u64) -> Self {
+        Self { session, suspect: false, waiting: true, ..Self::unanswered(claim) }
     }
 }
 
@@ -382,16 +416,47 @@ pub struct Ticket {
     pub name: Name,
     /// Who waits.
     pub id: ClaimId,
-    /// How many are ahead, if the store says.
-    pub ahead: Option<u64>,
-    /// Who holds it now, if the store says.
-    pub holder: Option<Holder>,
+    /// Which of the store's connections the claim was presented on; 0 where that means nothing.
+    pub session: u64,
+    ahead: Option<u64>,
+    holder: Option<Holder>,
 }
 
 impl Ticket {
     /// A place in line for `claim`.
     pub fn new(claim: &Claim) -> Self {
-        Self { name: claim.name.clone(), id: claim.id, ahead: None, holder: None }
+        Self { name: claim.name.clone(), id: claim.id, session: 0, ahead: None, holder: None }
+    }
+
+    /// The same place, presented on that connection.
+    #[must_use]
+    pub fn with_session(mut self, session: u64) -> Self {
+        self.session = session;
+        self
+    }
+
+    /// The same place, with so many before it.
+    #[must_use]
+    pub fn with_ahead(mut self, ahead: u64) -> Self {
+        self.ahead = Some(ahead);
+        self
+    }
+
+    /// The same place, behind that holder.
+    #[must_use]
+    pub fn with_holder(mut self, holder: Option<Holder>) -> Self {
+        self.holder = holder;
+        self
+    }
+
+    /// How many waiters were ahead when the store last said: 0 is the next in line. `None` if the store does not say.
+    pub fn ahead(&self) -> Option<u64> {
+        self.ahead
+    }
+
+    /// Who held the lock when the store last said.
+    pub fn holder(&self) -> Option<&Holder> {
+        self.holder.as_ref()
     }
 }
 
@@ -405,14 +470,6 @@ pub enum Acquired {
     Queued(Ticket),
     /// Somebody else holds it and the claim left no trace.
     Busy(Holder),
-}
-
-/// Why a waiter should look again.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum Woken {
-    /// Something may have changed: present the claim again.
-    Look,
 }
 
 /// The answer to a renewal.
@@ -451,6 +508,11 @@ pub enum Query {
         /// The most to return.
         limit: usize,
     },
+    /// Locks for which a claim of this owner (the `owner` of its [`Record`]) waits in line.
+    Waits {
+        /// The owner.
+        owner: String,
+    },
 }
 
 /// A part of a listing.
@@ -474,125 +536,33 @@ pub struct LockView {
     pub last_token: Option<FencingToken>,
     /// How many wait in line.
     pub waiters: u64,
+    /// Who waits, in order, the next first: for a look at one lock, and for [`Query::Waits`]; empty in a listing.
+    pub queue: Vec<Waiter>,
+}
+
+/// Somebody's place in line, as others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Waiter {
+    /// Whose claim.
+    pub id: ClaimId,
+    /// When it joined the line, in microseconds of the Unix epoch by the store's wall clock, if known.
+    pub since_unix_micros: Option<u64>,
+    /// What the waiter says of itself.
+    pub record: Option<Record>,
+}
+
+impl Waiter {
+    /// A place in line of `id`.
+    pub fn new(id: ClaimId, since_unix_micros: Option<u64>, record: Option<Record>) -> Self {
+        Self { id, since_unix_micros, record }
+    }
 }
 
 impl LockView {
     /// A lock seen free, never granted so far as is known.
     pub fn free(name: Name) -> Self {
-        Self { name, holder: None, last_token: None, waiters: 0 }
-    }
-}
-
-/// How far tokens can be trusted to grow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum Fencing {
-    /// Within the life of one process only.
-    Process,
-    /// Whatever is lost of the store's data, as long as its clock does not also go back past the last grant: each token
-    /// is at least the store's time in microseconds.
-    TimeFloor,
-    /// As long as the store keeps what it acknowledged; no clock is involved.
-    Strict,
-}
-
-/// What survives a restart of the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Persistence {
-    /// Nothing.
-    None,
-    /// The state of some minutes ago.
-    Snapshot,
-    /// All but about the last second.
-    Log,
-    /// Every acknowledged write.
-    Durable,
-    /// The store would not say.
-    Unknown,
-}
-
-/// What a store promises, as data, found by looking at this very server.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-#[expect(clippy::struct_excessive_bools, reason = "a list of independent yes-or-no facts")]
-pub struct Guarantees {
-    /// How far tokens can be trusted to grow.
-    pub fencing: Fencing,
-    /// What survives a restart of the store.
-    pub persistence: Persistence,
-    /// Whether waiters are served in the order of arrival.
-    pub fifo: bool,
-    /// Whether a killed process's locks pass on before their TTL has run out.
-    pub frees_at_process_death: bool,
-    /// How much later than its TTL an unrenewed lock may become free.
-    pub slack: Duration,
-    /// The least TTL it takes.
-    pub least_ttl: Duration,
-    /// The largest TTL it takes.
-    pub most_ttl: Duration,
-    /// Whether a lock that is held can vanish because memory is full (an eviction policy that takes keys with a TTL).
-    pub may_evict: bool,
-    /// Whether an acknowledged grant can be lost by a failover to a replica.
-    pub lost_at_failover: bool,
-    /// The server and its version, for people.
-    pub server: Arc<str>,
-}
-
-impl Guarantees {
-    /// The strictest promise of a store of that name; a store lowers what it cannot keep.
-    pub fn strict(server: impl Into<Arc<str>>) -> Self {
-        Self {
-            fencing: Fencing::Strict,
-            persistence: Persistence::Durable,
-            fifo: false,
-            frees_at_process_death: false,
-            slack: Duration::ZERO,
-            least_ttl: Duration::from_millis(10),
-            most_ttl: Duration::from_secs(366 * 24 * 3600),
-            may_evict: false,
-            lost_at_failover: false,
-            server: server.into(),
-        }
-    }
-}
-
-/// How a finding of [`diagnose`](crate::Locks::diagnose) bears on a lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Severity {
-    /// As it should be.
-    Good,
-    /// Good to know.
-    Note,
-    /// Locks work, with less safety than they could have.
-    Warning,
-    /// Locks do not work.
-    Failure,
-}
-
-/// One thing that was found out about a store, and what it means for a lock.
-#[derive(Clone, Debug, Serialize)]
-pub struct Finding {
-    /// What was looked at, in a word or two: `login`, `eviction policy`.
-    pub check: String,
-    /// How it bears on a lock.
-    pub severity: Severity,
-    /// What was found.
-    pub found: String,
-    /// What that means for a lock, and what to do about it.
-    pub meaning: String,
-}
-
-impl Finding {
-    /// A finding.
-    pub fn new(
-        check: impl Into<String>,
-        severity: Severity,
-        found: impl Into<String>,
-        meaning: impl Into<String>,
-    ) -> Self {
-        Self { check: check.into(), severity, found: found.into(), meaning: meaning.into() }
+        Self { name, holder: None, last_token: None, waiters: 0, queue: Vec::new() }
     }
 }
 

@@ -1,5 +1,8 @@
-//! Acquiring: present the claim, wait for a hint or the timer, present it again.
+//! Acquiring: present the claim; wait in line to be handed the lock, or, where there is no line, for the timer; present
+//! it again.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{self, Instant, Now};
@@ -7,12 +10,34 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::keeper::Keeper;
 use crate::lease::valid_until;
 use crate::retry::{Retry, Waits};
+use crate::store::Woken;
 use crate::types::{Acquired, Claim, Grant, Held, Holder, Ticket};
 
 /// How often one look at a lock is presented when its answers are lost, or come too late to be believed.
 const PRESENTATIONS: u32 = 3;
 /// A wait is never shorter, whatever the policy says.
 const LEAST_WAIT: Duration = Duration::from_millis(1);
+/// How far ahead a retry policy is asked how long it goes on, by one who waits in line and needs no tries.
+const POLICY_STEP: Duration = Duration::from_secs(60);
+
+/// Who is told where a waiter stands in line.
+#[derive(Clone)]
+pub(crate) struct Watcher(pub(crate) Arc<dyn Fn(&Ticket) + Send + Sync>);
+
+impl fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watcher")
+    }
+}
+
+/// How one acquisition waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience<'a> {
+    /// `None`: one look, no waiting.
+    pub(crate) retry: Option<&'a Retry>,
+    pub(crate) deadline: Instant,
+    pub(crate) watcher: Option<&'a Watcher>,
+}
 
 /// A grant, with what its holder must know of how it came about.
 #[derive(Debug)]
@@ -21,6 +46,8 @@ pub(crate) struct Won {
     pub(crate) sent: Now,
     /// Whether another presentation of the claim may still be under way.
     pub(crate) suspect: bool,
+    /// Whether it was handed over by who had it before, with a lease that may be shorter than asked.
+    pub(crate) was_handed: bool,
 }
 
 /// How an acquisition ended without an error.
@@ -31,21 +58,16 @@ pub(crate) enum Ended {
     Busy(Option<Holder>),
 }
 
-/// Presents `claim` until it is granted, `deadline` has come, or `retry` ends (`None`: one look, no waiting).
+/// Presents `claim` until it is granted, the deadline has come, or the policy ends.
 ///
 /// Dropped at any await it leaves nothing behind: the keeper releases what may have been granted.
-pub(crate) async fn acquire(
-    keeper: &Keeper,
-    claim: &Claim,
-    retry: Option<&Retry>,
-    deadline: Instant,
-) -> Result<Ended> {
-    let mut armed = Armed { keeper, claim, suspect: false, in_flight: false };
+pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'_>) -> Result<Ended> {
+    let Patience { retry, deadline, .. } = patience;
+    let mut armed = Armed { keeper, claim, suspect: false, in_flight: false, queued: None };
     let mut waits: Option<Waits> = None;
     let mut outage: Option<Instant> = None;
     loop {
-        let look = clock::timeout_at(deadline, armed.look()).await;
-        let (ticket, holder) = match look {
+        let holder = match clock::timeout_at(deadline, armed.look()).await {
             None if waits.is_none() => return Err(armed.unheard()),
             None => return Ok(Ended::Busy(None)),
             Some(Ok(Looked::Won(won))) => {
@@ -54,12 +76,20 @@ pub(crate) async fn acquire(
             }
             Some(Ok(Looked::Busy(holder))) => {
                 outage = None;
-                (None, Some(holder))
+                Some(holder)
             }
             Some(Ok(Looked::Queued(ticket))) => {
                 outage = None;
-                let holder = ticket.holder.clone();
-                (Some(ticket), holder)
+                let Some(retry) = retry else { return Ok(Ended::Busy(ticket.holder().cloned())) };
+                let waits = waits.get_or_insert_with(|| retry.waits());
+                match armed.in_line(ticket, waits, patience).await {
+                    Line::Won(won) => {
+                        armed.disarm();
+                        return Ok(Ended::Won(won));
+                    }
+                    Line::Over(holder) => return Ok(Ended::Busy(holder)),
+                    Line::Look => continue,
+                }
             }
             // Fails fast at the first look; a waiter rides out an outage as long as a lease.
             Some(Err(error)) => {
@@ -67,27 +97,39 @@ pub(crate) async fn acquire(
                 if waits.is_none() || !error.is_transient() || clock::now().since(since) > claim.ttl {
                     return Err(error);
                 }
-                (None, None)
+                None
             }
         };
         let Some(retry) = retry else { return Ok(Ended::Busy(holder)) };
         let Some(wait) = waits.get_or_insert_with(|| retry.waits()).next() else {
             return Ok(Ended::Busy(holder));
         };
-        if let Some(ticket) = ticket {
-            armed.in_flight = true;
-            let _ = clock::timeout_at(deadline, keeper.store().woken(&ticket)).await;
-        } else {
-            // The holder's lease ends then at the latest, renewed or not worth waiting for longer.
-            let remaining = holder.as_ref().and_then(|holder| holder.remaining);
-            let until_end = remaining.map_or(Duration::MAX, |left| left.saturating_add(LEAST_WAIT));
-            let again = clock::now().plus(wait.min(until_end).max(LEAST_WAIT));
-            clock::sleep_until(again.min(deadline)).await;
-        }
+        // The holder's lease ends then at the latest, renewed or not worth waiting for longer.
+        let remaining = holder.as_ref().and_then(|holder| holder.remaining);
+        let until_end = remaining.map_or(Duration::MAX, |left| left.saturating_add(LEAST_WAIT));
+        let again = clock::now().plus(wait.min(until_end).max(LEAST_WAIT));
+        clock::sleep_until(again.min(deadline)).await;
         if clock::now() >= deadline {
             return Ok(Ended::Busy(holder));
         }
     }
+}
+
+/// How long a policy goes on from now, as far as it matters yet; `None` if it has ended.
+fn policy_until(waits: &mut Waits) -> Option<Instant> {
+    let mut total = waits.next()?.max(LEAST_WAIT);
+    while total < POLICY_STEP {
+        let Some(wait) = waits.next() else { break };
+        total = total.saturating_add(wait.max(LEAST_WAIT));
+    }
+    Some(clock::now().plus(total))
+}
+
+/// How a stay in line ended.
+enum Line {
+    Won(Won),
+    Over(Option<Holder>),
+    Look,
 }
 
 enum Looked {
@@ -102,11 +144,43 @@ struct Armed<'a> {
     claim: &'a Claim,
     /// Whether a presentation went unanswered.
     suspect: bool,
-    /// Whether an answer is due, or the claim waits in line.
+    /// Whether an answer is due.
     in_flight: bool,
+    /// The session on which the claim was put in line.
+    queued: Option<u64>,
 }
 
 impl Armed<'_> {
+    /// Waits in line until the lock is handed over, there is reason to look again, or the patience is at its end.
+    async fn in_line(&mut self, mut ticket: Ticket, waits: &mut Waits, patience: Patience<'_>) -> Line {
+        let mut until = clock::now();
+        loop {
+            if let Some(Watcher(tell)) = patience.watcher {
+                tell(&ticket);
+            }
+            if clock::now() >= until {
+                // The policy spaces no tries here; what counts is how long it goes on.
+                match policy_until(waits) {
+                    Some(later) => until = later,
+                    None => return Line::Over(ticket.holder().cloned()),
+                }
+            }
+            let woken = self.keeper.store().woken(&ticket);
+            match clock::timeout_at(until.min(patience.deadline), woken).await {
+                Some(Woken::Granted { grant, sent }) => {
+                    if valid_until(sent.boot, grant.ttl) > clock::now() {
+                        return Line::Won(Won { grant, sent, suspect: self.suspect, was_handed: true });
+                    }
+                    return Line::Look;
+                }
+                Some(Woken::Waiting(now)) => ticket = now,
+                Some(Woken::Look) => return Line::Look,
+                None if clock::now() >= patience.deadline => return Line::Over(ticket.holder().cloned()),
+                None => {}
+            }
+        }
+    }
+
     /// Presents the claim until it has one known answer.
     async fn look(&mut self) -> Result<Looked> {
         let mut tries = 0;
@@ -118,7 +192,12 @@ impl Armed<'_> {
             match answer {
                 Ok(Acquired::Granted(grant)) => {
                     if valid_until(sent.boot, grant.ttl) > clock::now() {
-                        return Ok(Looked::Won(Won { grant, sent, suspect: self.suspect }));
+                        return Ok(Looked::Won(Won {
+                            grant,
+                            sent,
+                            suspect: self.suspect,
+                            was_handed: self.queued.is_some(),
+                        }));
                     }
                     // Granted, but the answer took the whole lease: ask how it stands now.
                     self.suspect = true;
@@ -128,9 +207,14 @@ impl Armed<'_> {
                 }
                 Ok(Acquired::Busy(holder)) => {
                     self.in_flight = false;
+                    self.queued = None;
                     return Ok(Looked::Busy(holder));
                 }
-                Ok(Acquired::Queued(ticket)) => return Ok(Looked::Queued(ticket)),
+                Ok(Acquired::Queued(ticket)) => {
+                    self.in_flight = false;
+                    self.queued = Some(ticket.session);
+                    return Ok(Looked::Queued(ticket));
+                }
                 Err(error) if error.kind() == ErrorKind::Unknown => {
                     self.suspect = true;
                     if tries >= PRESENTATIONS {
@@ -177,14 +261,18 @@ impl Armed<'_> {
     fn disarm(&mut self) {
         self.suspect = false;
         self.in_flight = false;
+        self.queued = None;
     }
 }
 
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
-        if self.suspect || self.in_flight {
-            let until = clock::now().plus(self.claim.ttl).plus(Duration::from_secs(1));
-            self.keeper.post_release(Held::unanswered(self.claim), until);
-        }
+        let held = match self.queued {
+            _ if self.suspect || self.in_flight => Held::unanswered(self.claim),
+            Some(session) => Held::queued(self.claim, session),
+            None => return,
+        };
+        let until = clock::now().plus(self.claim.ttl).plus(Duration::from_secs(1));
+        self.keeper.post_release(held, until);
     }
 }

@@ -10,7 +10,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("types", &[]),
     ("clock", &["types"]),
     ("error", &["types"]),
-    ("store", &["types", "error"]),
+    ("store", &["types", "error", "clock"]),
     ("fence", &["types", "error"]),
     ("retry", &["types", "error", "clock"]),
     ("stores", &["types", "error", "store", "clock", "fence"]),

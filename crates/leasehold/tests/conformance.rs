@@ -18,7 +18,7 @@ macro_rules! suite {
             suite! { @each $store, $make;
                 one_holder same_claim_same_grant release_by_a_stranger_changes_nothing releasing_again_is_an_answer
                 an_unrenewed_claim_becomes_free renewing_after_a_loss_says_lost tokens_grow
-                a_claim_that_is_not_to_queue_does_not_wait a_cancelled_acquire_leaves_nothing
+                the_line_is_served_in_order a_cancelled_acquire_leaves_nothing
                 a_late_request_creates_nothing names_never_collide leases_are_bounded_and_counted_from_before
                 a_dead_waiter_delays_nobody_for_long
             }

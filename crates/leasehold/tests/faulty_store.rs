@@ -53,9 +53,6 @@ impl Store for Bad {
         assert!(!self.panic_in_release.swap(false, Ordering::SeqCst), "a fault of the store");
         self.inner.release(held).await
     }
-    async fn withdraw(&self, ticket: &Ticket) -> Result<()> {
-        self.inner.withdraw(ticket).await
-    }
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
         self.inner.inspect(query).await
     }

@@ -261,9 +261,6 @@ impl Store for Yielding {
         tokio::task::yield_now().await;
         answer
     }
-    async fn withdraw(&self, ticket: &leasehold::Ticket) -> leasehold::Result<()> {
-        self.0.withdraw(ticket).await
-    }
     async fn inspect(&self, query: &Query) -> leasehold::Result<leasehold::Page<leasehold::LockView>> {
         self.0.inspect(query).await
     }
@@ -526,9 +523,6 @@ impl Store for Counting {
     }
     async fn release(&self, held: &leasehold::Held) -> leasehold::Result<Released> {
         self.0.release(held).await
-    }
-    async fn withdraw(&self, ticket: &leasehold::Ticket) -> leasehold::Result<()> {
-        self.0.withdraw(ticket).await
     }
     async fn inspect(&self, query: &Query) -> leasehold::Result<leasehold::Page<leasehold::LockView>> {
         self.0.inspect(query).await

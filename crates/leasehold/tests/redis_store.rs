@@ -13,7 +13,7 @@ use leasehold::store::Store;
 use leasehold::stores::redis::{RedisStore, key_names};
 use leasehold::{
     Acquired, Claim, ClaimId, Fencing, FencingToken, Grant, Held, Holder, Name, Page, Persistence, Query,
-    Record, Released, Renewal, Ticket,
+    Record, Released, Renewal,
 };
 use pollster::block_on;
 
@@ -240,8 +240,8 @@ fn a_withdrawn_claim_is_never_granted_however_late_it_comes() {
         assert!(left > 3_500_000 && left <= 3_600_000);
         assert_eq!(cmd::<i64>(&mut raw, &[b"EXISTS", &gone(&clean)]), 0);
 
-        let waiting = claim("d");
-        store.withdraw(&Ticket::new(&waiting)).await.unwrap();
+        let waiting = claim("d").with_queue(true);
+        assert_eq!(store.release(&Held::unanswered(&waiting)).await.unwrap(), Released::NotHeld);
         assert_eq!(store.acquire(&waiting).await.unwrap_err().kind(), ErrorKind::Rejected);
     });
 }

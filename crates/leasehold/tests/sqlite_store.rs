@@ -15,7 +15,7 @@ use leasehold::store::Store;
 use leasehold::stores::sqlite::{Options, SqliteStore};
 use leasehold::{
     Acquired, Binding, Claim, Fencing, FencingToken, Grant, Held, Holder, LockView, Name, Query, Record,
-    Released, Renewal, Ticket,
+    Released, Renewal,
 };
 use pollster::block_on;
 use tempfile::TempDir;
@@ -165,8 +165,8 @@ fn a_withdrawn_claim_is_never_granted_again() {
     assert_eq!(release(&store, &suspect), Released::Released);
     let late = claim("b", LONG);
     assert_eq!(release(&store, &Held::unanswered(&late)), Released::NotHeld);
-    let waiting = claim("c", LONG);
-    block_on(store.withdraw(&Ticket::new(&waiting))).unwrap();
+    let waiting = claim("c", LONG).with_queue(true);
+    assert_eq!(release(&store, &Held::unanswered(&waiting)), Released::NotHeld);
     // Another process learns of it too.
     let other = open(&path);
     for withdrawn in [&first, &late, &waiting] {

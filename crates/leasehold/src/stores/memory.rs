@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::Notify;
 
-use crate::clock::{self, Instant};
+use crate::clock::{self, Instant, Now};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Store, check_ttl};
+use crate::store::{HAND_OFF_TTL, Store, Woken, alive_for, check_ttl};
 use crate::types::{
     Acquired, Claim, ClaimId, Fencing, FencingToken, Finding, Grant, Guarantees, Held, Holder, LockView,
-    Name, Page, Persistence, Query, Record, Released, Renewal, Severity, Ticket, Woken,
+    Name, Page, Persistence, Query, Record, Released, Renewal, Severity, Ticket, Waiter,
 };
 
 /// A verb of the store, to aim a fault at.
@@ -67,6 +68,7 @@ enum Late {
 struct Entry {
     last_token: u64,
     hold: Option<Hold>,
+    line: VecDeque<Place>,
 }
 
 #[derive(Debug)]
@@ -76,6 +78,27 @@ struct Hold {
     until: Instant,
     since: Duration,
     record: Arc<str>,
+    /// What was granted, and when the claim had last been presented by then.
+    ttl: Duration,
+    sent: Now,
+}
+
+/// A place in line.
+#[derive(Debug)]
+struct Place {
+    claim: Claim,
+    since: Duration,
+    /// When the claim was last presented.
+    heard: Now,
+    /// Waits for this claim, as long as somebody does.
+    bell: Arc<Notify>,
+}
+
+impl Place {
+    /// Whether anybody may still be there to take the lock.
+    fn is_alive(&self, now: Instant) -> bool {
+        Arc::strong_count(&self.bell) > 1 || self.heard.boot.plus(alive_for(self.claim.ttl)) > now
+    }
 }
 
 impl Default for MemoryStore {
@@ -170,35 +193,81 @@ impl State {
     }
 
     fn acquire(&mut self, claim: &Claim) -> Result<Acquired> {
-        let now = clock::now();
-        let ttl = self.granted(claim.ttl);
+        let now = clock::look();
+        self.gone.retain(|_, until| *until > now.boot);
+        self.advance(&claim.name, Some(claim), now);
         if let Some(hold) = self.live(&claim.name) {
-            let remaining = hold.until.since(now);
             if hold.id == claim.id {
-                return Ok(Acquired::Granted(Grant { token: hold.token, ttl: remaining, session: 0 }));
+                let ttl = hold.until.since(now.boot);
+                return Ok(Acquired::Granted(Grant { token: hold.token, ttl, session: 0 }));
             }
-            return Ok(Acquired::Busy(hold.view(now)));
+            let holder = hold.view(now.boot);
+            return if claim.queue { self.line_up(claim, holder, now) } else { Ok(Acquired::Busy(holder)) };
         }
-        self.gone.retain(|_, until| *until > now);
-        if self.gone.contains_key(&claim.id) {
-            return Err(Error::new(
-                ErrorKind::Rejected,
-                "this claim was withdrawn before its request arrived",
-            )
-            .for_name(&claim.name));
+        self.refuse_the_gone(claim)?;
+        Ok(Acquired::Granted(self.grant(claim, claim.ttl, now)))
+    }
+
+    fn refuse_the_gone(&self, claim: &Claim) -> Result<()> {
+        if !self.gone.contains_key(&claim.id) {
+            return Ok(());
         }
+        let what = "this claim was withdrawn before its request arrived";
+        Err(Error::new(ErrorKind::Rejected, what).for_name(&claim.name))
+    }
+
+    fn grant(&mut self, claim: &Claim, ttl: Duration, sent: Now) -> Grant {
+        let ttl = self.granted(ttl);
         let entry = self.locks.entry(claim.name.clone()).or_default();
         let micros = u64::try_from(clock::wall().as_micros()).unwrap_or(FencingToken::MAX);
-        entry.last_token = (entry.last_token + 1).max(micros).min(FencingToken::MAX);
-        let token = FencingToken::new(entry.last_token);
-        entry.hold = Some(Hold {
-            id: claim.id,
-            token,
-            until: now.plus(ttl),
-            since: clock::wall(),
-            record: claim.record.clone(),
-        });
-        Ok(Acquired::Granted(Grant { token, ttl, session: 0 }))
+        let first = (entry.last_token + 1).max(micros).min(FencingToken::MAX);
+        entry.last_token = (first + u64::from(claim.tokens.max(1)) - 1).min(FencingToken::MAX);
+        let token = FencingToken::new(first);
+        let (until, since) = (clock::now().plus(ttl), clock::wall());
+        entry.hold =
+            Some(Hold { id: claim.id, token, until, since, record: claim.record.clone(), ttl, sent });
+        Grant { token, ttl, session: 0 }
+    }
+
+    fn line_up(&mut self, claim: &Claim, holder: Holder, now: Now) -> Result<Acquired> {
+        self.refuse_the_gone(claim)?;
+        let line = &mut self.locks.entry(claim.name.clone()).or_default().line;
+        let ahead = match line.iter_mut().position(|place| place.claim.id == claim.id) {
+            Some(ahead) => {
+                line[ahead].heard = now;
+                ahead
+            }
+            None if claim.queue_limit.is_some_and(|limit| line.len() >= limit as usize) => {
+                return Err(Error::new(
+                    ErrorKind::QueueFull,
+                    format!("{} wait in line already, as many as this mutex allows", line.len()),
+                )
+                .for_name(&claim.name));
+            }
+            None => {
+                let (claim, bell) = (claim.clone(), Arc::default());
+                line.push_back(Place { claim, since: now.wall, heard: now, bell });
+                line.len() - 1
+            }
+        };
+        Ok(Acquired::Queued(Ticket::new(claim).with_ahead(ahead as u64).with_holder(Some(holder))))
+    }
+
+    /// Hands the lock, if it is free, to the first in line who lives. `asking` lives for certain.
+    fn advance(&mut self, name: &Name, asking: Option<&Claim>, now: Now) {
+        if self.live(name).is_some() {
+            return;
+        }
+        let Some(entry) = self.locks.get_mut(name) else { return };
+        entry.hold = None;
+        while let Some(place) = entry.line.pop_front() {
+            if asking.is_none_or(|asking| asking.id != place.claim.id) && !place.is_alive(now.boot) {
+                continue;
+            }
+            self.grant(&place.claim, place.claim.ttl.min(HAND_OFF_TTL), place.heard);
+            place.bell.notify_one();
+            return;
+        }
     }
 
     fn renew(&mut self, held: &Held) -> Renewal {
@@ -217,8 +286,14 @@ impl State {
     }
 
     fn release(&mut self, held: &Held) -> Released {
+        let now = clock::look();
         if held.suspect {
-            self.gone.insert(held.id, clock::now().plus(Duration::from_secs(3600)));
+            self.gone.insert(held.id, now.boot.plus(Duration::from_secs(3600)));
+        }
+        if held.waiting
+            && let Some(entry) = self.locks.get_mut(&held.name)
+        {
+            entry.line.retain(|place| place.claim.id != held.id);
         }
         match self.live(&held.name) {
             None => Released::NotHeld,
@@ -227,6 +302,7 @@ impl State {
                 if let Some(entry) = self.locks.get_mut(&held.name) {
                     entry.hold = None;
                 }
+                self.advance(&held.name, None, now);
                 Released::Released
             }
         }
@@ -252,8 +328,20 @@ impl Entry {
             name: name.clone(),
             holder: self.hold.as_ref().filter(|hold| hold.until > now).map(|hold| hold.view(now)),
             last_token: Some(FencingToken::new(self.last_token)),
-            waiters: 0,
+            waiters: self.line.len() as u64,
+            queue: self.line.iter().map(Place::view).collect(),
         }
+    }
+}
+
+impl Place {
+    fn view(&self) -> Waiter {
+        let since = u64::try_from(self.since.as_micros()).ok();
+        Waiter::new(self.claim.id, since, Record::decode(self.claim.record.as_bytes()))
+    }
+
+    fn belongs_to(&self, owner: &str) -> bool {
+        Record::decode(self.claim.record.as_bytes()).and_then(|record| record.owner).as_deref() == Some(owner)
     }
 }
 
@@ -264,10 +352,25 @@ impl Store for MemoryStore {
         self.call(Verb::Acquire, &claim.name, || Late::Acquire(claim.clone()), |state| state.acquire(claim))
     }
 
-    async fn woken(&self, _ticket: &Ticket) -> Woken {
-        // As early as the contract allows: at any time.
-        clock::sleep(clock::jitter(Duration::from_millis(20))).await;
-        Woken::Look
+    async fn woken(&self, ticket: &Ticket) -> Woken {
+        let bell = {
+            let mut state = self.state();
+            let line = state.locks.get_mut(&ticket.name).map(|entry| &mut entry.line);
+            line.and_then(|line| line.iter().find(|place| place.claim.id == ticket.id))
+                .map(|place| place.bell.clone())
+        };
+        if let Some(bell) = bell {
+            // As early as the contract allows: at any time.
+            let early = clock::now().plus(clock::jitter(Duration::from_millis(20)));
+            let _ = clock::timeout_at(early, bell.notified()).await;
+        }
+        match self.state().live(&ticket.name).filter(|hold| hold.id == ticket.id) {
+            Some(hold) => {
+                let grant = Grant { token: hold.token, ttl: hold.ttl, session: 0 };
+                Woken::Granted { grant, sent: hold.sent }
+            }
+            None => Woken::Look,
+        }
     }
 
     async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>> {
@@ -287,12 +390,6 @@ impl Store for MemoryStore {
         self.call(Verb::Release, &held.name, || Late::Release(held.clone()), |state| Ok(state.release(held)))
     }
 
-    async fn withdraw(&self, ticket: &Ticket) -> Result<()> {
-        let mut held = Held::unanswered(&Claim::new(ticket.name.clone(), ticket.id, Duration::ZERO));
-        held.suspect = true;
-        self.release(&held).await.map(drop)
-    }
-
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
         let state = self.state();
         let now = clock::now();
@@ -304,6 +401,12 @@ impl Store for MemoryStore {
                     next: None,
                 });
             }
+            Query::Waits { owner } => {
+                let waits = |entry: &Entry| entry.line.iter().any(|place| place.belongs_to(owner));
+                let items = state.locks.iter().filter(|(_, entry)| waits(entry));
+                let items = items.map(|(name, entry)| entry.view(name, now)).collect();
+                return Ok(Page { items, next: None });
+            }
             Query::Prefix { prefix, after, limit } => (prefix, after, (*limit).max(1)),
         };
         let mut items: Vec<LockView> = state
@@ -312,7 +415,7 @@ impl Store for MemoryStore {
             .filter(|(name, _)| {
                 name.as_bytes().starts_with(prefix) && after.as_ref().is_none_or(|after| *name > after)
             })
-            .map(|(name, entry)| entry.view(name, now))
+            .map(|(name, entry)| LockView { queue: Vec::new(), ..entry.view(name, now) })
             .filter(|view| view.holder.is_some())
             .take(limit.saturating_add(1))
             .collect();
@@ -326,6 +429,7 @@ impl Store for MemoryStore {
         let mut guarantees = Guarantees::strict("memory");
         guarantees.fencing = Fencing::Process;
         guarantees.persistence = Persistence::None;
+        guarantees.fifo = true;
         guarantees
     }
 

@@ -28,6 +28,7 @@ impl RedisStore {
                 let items = self.views(&link, std::slice::from_ref(name), deadline).await?;
                 Ok(Page { items, next: None })
             }
+            Query::Waits { .. } => Ok(Page { items: Vec::new(), next: None }),
             Query::Prefix { prefix, after, limit } => {
                 let limit = (*limit).clamp(1, PAGE);
                 let names = self.indexed(&link, prefix, after.as_ref(), limit, deadline).await?;

@@ -30,10 +30,10 @@ pub use keys::{KeyNames, key_names};
 
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Store;
+use crate::store::{Store, Woken};
 use crate::types::{
     Acquired, Claim, FencingToken, Finding, Grant, Guarantees, Held, LockView, MAX_RECORD_BYTES, Page, Query,
-    Released, Renewal, Ticket, Woken,
+    Released, Renewal, Ticket,
 };
 use combine::{Job, Verb};
 use connection::{Connector, Link};
@@ -340,11 +340,6 @@ impl Store for RedisStore {
         self.release_once(held)
             .await
             .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
-    }
-
-    async fn withdraw(&self, ticket: &Ticket) -> Result<()> {
-        let held = Held::unanswered(&Claim::new(ticket.name.clone(), ticket.id, LEAST_TTL));
-        self.release(&held).await.map(|_| ())
     }
 
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {

@@ -19,6 +19,7 @@ pub(super) fn inspect(database: &Database, query: &Query) -> Result<Page<LockVie
     let mut look = Look { database, seen: HashMap::new() };
     match query {
         Query::One(name) => Ok(Page { items: vec![look.one(name)?], next: None }),
+        Query::Waits { .. } => Ok(Page { items: Vec::new(), next: None }),
         Query::Prefix { prefix, after, limit } => look.list(prefix, after.as_ref(), *limit),
     }
     .map_err(|e: crate::error::Error| e.on_store(&database.location))

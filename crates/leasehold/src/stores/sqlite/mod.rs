@@ -23,10 +23,10 @@ use async_trait::async_trait;
 
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Store;
+use crate::store::{Store, Woken};
 use crate::types::{
     Acquired, Claim, Fencing, Finding, Guarantees, Held, LockView, Page, Persistence, Query, Released,
-    Renewal, Severity, Ticket, Woken,
+    Renewal, Severity, Ticket,
 };
 use worker::Worker;
 
@@ -182,13 +182,6 @@ impl Store for SqliteStore {
     async fn release(&self, held: &Held) -> Result<Released> {
         let held = held.clone();
         self.worker.transact(move |transaction| transaction.release(&held)).await
-    }
-
-    async fn withdraw(&self, ticket: &Ticket) -> Result<()> {
-        let mut held =
-            Held::unanswered(&Claim::new(ticket.name.clone(), ticket.id, self.guarantees.least_ttl));
-        held.suspect = true;
-        self.release(&held).await.map(drop)
     }
 
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
