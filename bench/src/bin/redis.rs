@@ -1,7 +1,7 @@
 //! Lock and unlock on one Redis server, beside the same two round trips sent raw by the same client crate, whose driver
 //! is on another thread too. Prints medians of interleaved rounds and their ratio; asserts nothing.
 //!
-//! `cargo run --release -p leasehold-bench --bin redis`
+//! `cargo run --release -p leasehold-bench --bin redis`; a number after it measures that many workers only.
 #![allow(clippy::disallowed_methods, reason = "a benchmark measures with the monotonic clock")]
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report to")]
 
@@ -23,7 +23,8 @@ fn main() {
     let server = RedisServer::start();
     println!("lock + unlock cycles a second, medians of {ROUNDS} interleaved rounds of {SPAN:?}");
     println!("{:>8} {:>12} {:>12} {:>26}", "workers", "raw", "leasehold", "leasehold / raw");
-    for workers in [1, 64, 512] {
+    let asked = std::env::args().nth(1).map(|workers| vec![workers.parse().unwrap()]);
+    for workers in asked.unwrap_or_else(|| vec![1, 64, 512]) {
         let mut raws = Vec::new();
         let mut ours = Vec::new();
         for _ in 0..ROUNDS {

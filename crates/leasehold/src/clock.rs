@@ -138,10 +138,14 @@ impl Future for Sleep {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if now() >= self.deadline {
+        let deadline = self.deadline;
+        if deadline == Instant::FAR {
+            // Never comes, so nobody need be woken for it.
+            return Poll::Pending;
+        }
+        if now() >= deadline {
             return Poll::Ready(());
         }
-        let deadline = self.deadline;
         let (timers, key) = match self.registered {
             Some((timers, key)) => (timers, Some(key)),
             None => (timers(), None),

@@ -4,6 +4,8 @@
 //! bytes. So claims and releases that are ready together go together; one that is alone goes alone, at once: nothing
 //! ever waits for company.
 
+use std::future::Future;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -14,6 +16,7 @@ use tokio::task::JoinSet;
 
 use super::reply::Refusal;
 use super::script::{ACQUIRE, By, RELEASE};
+use crate::clock::{self, Instant};
 
 /// The most claims in one command: what keeps the server from its other clients for about a millisecond at worst.
 const MOST: usize = 100;
@@ -34,12 +37,20 @@ pub(super) struct Job {
     bytes: Vec<u8>,
     ends: [usize; 6],
     count: usize,
-    answer: Option<oneshot::Sender<Result<Value, RedisError>>>,
+    deadline: Instant,
+    answer: Option<oneshot::Sender<Result<Value, Unanswered>>>,
 }
 
 impl Job {
     pub(super) fn new(verb: Verb, capacity: usize) -> Self {
-        Self { verb, bytes: Vec::with_capacity(capacity), ends: [0; 6], count: 0, answer: None }
+        Self {
+            verb,
+            bytes: Vec::with_capacity(capacity),
+            ends: [0; 6],
+            count: 0,
+            deadline: Instant::FAR,
+            answer: None,
+        }
     }
 
     /// Adds an argument.
@@ -62,7 +73,7 @@ impl Job {
         self.answer.as_ref().is_some_and(|answer| !answer.is_closed())
     }
 
-    fn finish(&mut self, answer: Result<Value, RedisError>) {
+    fn finish(&mut self, answer: Result<Value, Unanswered>) {
         if let Some(sender) = self.answer.take() {
             // Whoever asked may have gone: then nobody wants to know.
             let _ = sender.send(answer);
@@ -76,6 +87,14 @@ const ALONE: usize = 2;
 /// the most that company can cost.
 const UNDER_WAY: usize = 8;
 
+/// Until when an answer is worth waiting for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    pub(super) deadline: Instant,
+    /// Whether it is shorter than the others', so that it may end in the queue, behind commands that have more.
+    pub(super) is_short: bool,
+}
+
 /// Where jobs are handed in.
 #[derive(Debug)]
 pub(super) struct Counter {
@@ -84,12 +103,14 @@ pub(super) struct Counter {
 }
 
 /// What became of a job that got no answer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Unanswered {
     /// Nobody serves any more: nothing was sent.
     NotSent,
     /// It may have been done.
     Broken(RedisError),
+    /// It may have been done; nothing was heard in time.
+    Late,
     /// It may have been done; nobody serves any more.
     Ended,
 }
@@ -115,18 +136,28 @@ impl Counter {
         &self,
         connection: &MultiplexedConnection,
         mut job: Job,
+        patience: Patience,
     ) -> Result<Value, Unanswered> {
         let others = self.under_way.fetch_add(1, Ordering::Relaxed);
         let _under_way = UnderWay(&self.under_way);
+        job.deadline = patience.deadline;
         if others < ALONE {
             // Without company the way through the counter would only cost time.
-            let answer = call(&mut connection.clone(), std::slice::from_ref(&job)).await;
-            return answer.map(only).map_err(Unanswered::Broken);
+            let batch = std::slice::from_ref(&job);
+            let answer = clock::timeout_at(job.deadline, call_alone(connection, batch)).await;
+            return answer.map_or(Err(Unanswered::Late), |answer| answer.map(only).map_err(Unanswered::Broken));
         }
         let (sender, receiver) = oneshot::channel();
         job.answer = Some(sender);
         self.jobs.send(job).map_err(|_| Unanswered::NotSent)?;
-        receiver.await.map_err(|_| Unanswered::Ended)?.map_err(Unanswered::Broken)
+        // A timer for each command costs more than the command: the batch has one. All that are in the queue before a
+        // patient job end before it does, so it comes to its turn in time.
+        let answer = if patience.is_short {
+            clock::timeout_at(patience.deadline, receiver).await.ok_or(Unanswered::Late)?
+        } else {
+            receiver.await
+        };
+        answer.map_err(|_| Unanswered::Ended)?
     }
 }
 
@@ -169,13 +200,14 @@ async fn serve(
     }
 }
 
-async fn run(mut batch: Vec<Job>, mut connection: MultiplexedConnection, closed: Arc<AtomicBool>) {
-    let mut answer = call(&mut connection, &batch).await;
+async fn run(mut batch: Vec<Job>, connection: MultiplexedConnection, closed: Arc<AtomicBool>) {
+    let Some(mut answer) = call(&connection, &mut batch).await else { return };
     if batch.len() > 1 && matches!(answer, Ok(Value::ServerError(_))) {
         // Refused as a whole: who is meant? Each by itself will tell; what was done already answers as before.
         for job in &mut batch {
-            let answer = call(&mut connection, std::slice::from_ref(job)).await;
-            finish(std::slice::from_mut(job), answer);
+            if let Some(answer) = call(&connection, std::slice::from_mut(job)).await {
+                finish(std::slice::from_mut(job), answer);
+            }
         }
         return;
     }
@@ -194,19 +226,56 @@ async fn run(mut batch: Vec<Job>, mut connection: MultiplexedConnection, closed:
 }
 
 fn finish(batch: &mut [Job], answer: Result<Value, RedisError>) {
-    match (batch, answer) {
-        ([job], answer) => job.finish(answer.map(only)),
-        (batch, answer) => batch.iter_mut().for_each(|job| job.finish(answer.clone())),
+    let answer = answer.map_err(Unanswered::Broken);
+    match batch {
+        [job] => job.finish(answer.map(only)),
+        batch => batch.iter_mut().for_each(|job| job.finish(answer.clone())),
     }
 }
 
-async fn call(connection: &mut MultiplexedConnection, batch: &[Job]) -> Result<Value, RedisError> {
-    let answer = connection.send_packed_command(&command(batch, By::Digest)).await?;
+/// Calls for a batch, and tells those whose time is up meanwhile. `None` if nobody is left to be told.
+async fn call(
+    connection: &MultiplexedConnection,
+    batch: &mut [Job],
+) -> Option<Result<Value, RedisError>> {
+    let first = command(batch, By::Digest);
+    let answer = heard(batch, send(connection, &first)).await?;
+    match &answer {
+        Ok(Value::ServerError(error)) if Refusal::of(error).is_unknown_script() => {
+            let second = command(batch, By::Text);
+            heard(batch, send(connection, &second)).await
+        }
+        _ => Some(answer),
+    }
+}
+
+/// Calls for jobs whose callers mind the time themselves.
+async fn call_alone(connection: &MultiplexedConnection, batch: &[Job]) -> Result<Value, RedisError> {
+    let answer = send(connection, &command(batch, By::Digest)).await?;
     match &answer {
         Value::ServerError(error) if Refusal::of(error).is_unknown_script() => {
-            connection.send_packed_command(&command(batch, By::Text)).await
+            send(connection, &command(batch, By::Text)).await
         }
         _ => Ok(answer),
+    }
+}
+
+async fn send(connection: &MultiplexedConnection, command: &Cmd) -> Result<Value, RedisError> {
+    connection.clone().send_packed_command(command).await
+}
+
+/// What `work` gives, unless the time of all jobs is up before.
+async fn heard<T>(batch: &mut [Job], work: impl Future<Output = T>) -> Option<T> {
+    let mut work = pin!(work);
+    loop {
+        let deadline = batch.iter().filter(|job| job.is_wanted()).map(|job| job.deadline).min()?;
+        if let Some(answer) = clock::timeout_at(deadline, &mut work).await {
+            return Some(answer);
+        }
+        let now = clock::now();
+        for job in batch.iter_mut().filter(|job| job.deadline <= now) {
+            job.finish(Err(Unanswered::Late));
+        }
     }
 }
 

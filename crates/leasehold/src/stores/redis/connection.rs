@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::combine::{Counter, Job, Unanswered};
+use super::combine::{Counter, Job, Patience, Unanswered};
 use super::config::{Address, RedisConfig};
 use super::reply;
 use crate::clock::{self, Instant};
@@ -251,17 +251,17 @@ impl Connector {
     }
 
     /// Has a claim's job done, together with others that are ready. A refusal by the server is a value.
-    pub(super) async fn submit(&self, link: &Arc<Link>, job: Job, deadline: Instant) -> Result<Value> {
+    pub(super) async fn submit(&self, link: &Arc<Link>, job: Job, patience: Patience) -> Result<Value> {
         let gone = |kind| {
             link.closed.store(true, Ordering::Release);
             Err(Error::new(kind, "the runtime that kept the connection has ended").on_store(&self.location))
         };
-        match clock::timeout_at(deadline, link.counter.submit(&link.connection, job)).await {
-            Some(Ok(value)) => Ok(value),
-            Some(Err(Unanswered::Broken(error))) => Err(self.unanswered(link, Some(error))),
-            Some(Err(Unanswered::NotSent)) => gone(ErrorKind::Unavailable),
-            Some(Err(Unanswered::Ended)) => gone(ErrorKind::Unknown),
-            None => Err(self.unanswered(link, None)),
+        match link.counter.submit(&link.connection, job, patience).await {
+            Ok(value) => Ok(value),
+            Err(Unanswered::Broken(error)) => Err(self.unanswered(link, Some(error))),
+            Err(Unanswered::Late) => Err(self.unanswered(link, None)),
+            Err(Unanswered::NotSent) => gone(ErrorKind::Unavailable),
+            Err(Unanswered::Ended) => gone(ErrorKind::Unknown),
         }
     }
 

@@ -35,7 +35,7 @@ use crate::types::{
     Acquired, Claim, FencingToken, Finding, Grant, Guarantees, Held, LockView, MAX_RECORD_BYTES, Page, Query,
     Released, Renewal, Ticket,
 };
-use combine::{Job, Verb};
+use combine::{Job, Patience, Verb};
 use connection::{Connector, Link};
 use keys::{Keys, Keyspace, owner};
 use reply::{Occupant, Refusal};
@@ -113,9 +113,10 @@ impl RedisStore {
         }
         let keys = self.keyspace.keys(&claim.name)?;
         let deadline = self.deadline(Some(claim.ttl));
+        let patience = Patience { deadline, is_short: claim.ttl / 3 < self.connector.timeout() };
         let link = self.connector.link(deadline).await?;
         let job = wrote(acquire_job(&keys, claim, ttl))?;
-        let answer = self.accepted(self.connector.submit(&link, job, deadline).await?)?;
+        let answer = self.accepted(self.connector.submit(&link, job, patience).await?)?;
         let granted = |token, ttl| Acquired::Granted(Grant { token, ttl, session: link.generation });
         match &answer {
             Value::Int(token) => {
@@ -142,7 +143,8 @@ impl RedisStore {
         let link = self.connector.link(deadline).await?;
         let forbid = held.suspect || held.session != link.generation;
         let job = wrote(release_job(&keys, held, forbid))?;
-        match self.accepted(self.connector.submit(&link, job, deadline).await?)? {
+        let patience = Patience { deadline, is_short: false };
+        match self.accepted(self.connector.submit(&link, job, patience).await?)? {
             Value::Int(1) => Ok(Released::Released),
             Value::Int(0) => Ok(Released::NotHeld),
             Value::Int(2) => Ok(Released::HeldByOther),
