@@ -24,9 +24,9 @@ const MOST: usize = 100;
 /// What a job asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verb {
-    /// Arguments: lock, fence, tombstone; owner, record, ttl.
+    /// Arguments: lock, fence, tombstone; owner, record, ttl, wish.
     Acquire,
-    /// Arguments: lock, owner and, if it is wanted, the tombstone.
+    /// Arguments: lock, fence, owner and, if it is wanted, the tombstone.
     Release,
 }
 
@@ -35,7 +35,7 @@ pub(super) enum Verb {
 pub(super) struct Job {
     verb: Verb,
     bytes: Vec<u8>,
-    ends: [usize; 6],
+    ends: [usize; 7],
     count: usize,
     deadline: Instant,
     answer: Option<oneshot::Sender<Result<Value, Unanswered>>>,
@@ -46,7 +46,7 @@ impl Job {
         Self {
             verb,
             bytes: Vec::with_capacity(capacity),
-            ends: [0; 6],
+            ends: [0; 7],
             count: 0,
             deadline: Instant::FAR,
             answer: None,
@@ -145,7 +145,8 @@ impl Counter {
             // Without company the way through the counter would only cost time.
             let batch = std::slice::from_ref(&job);
             let answer = clock::timeout_at(job.deadline, call_alone(connection, batch)).await;
-            return answer.map_or(Err(Unanswered::Late), |answer| answer.map(only).map_err(Unanswered::Broken));
+            return answer
+                .map_or(Err(Unanswered::Late), |answer| answer.map(only).map_err(Unanswered::Broken));
         }
         let (sender, receiver) = oneshot::channel();
         job.answer = Some(sender);
@@ -234,10 +235,7 @@ fn finish(batch: &mut [Job], answer: Result<Value, RedisError>) {
 }
 
 /// Calls for a batch, and tells those whose time is up meanwhile. `None` if nobody is left to be told.
-async fn call(
-    connection: &MultiplexedConnection,
-    batch: &mut [Job],
-) -> Option<Result<Value, RedisError>> {
+async fn call(connection: &MultiplexedConnection, batch: &mut [Job]) -> Option<Result<Value, RedisError>> {
     let first = command(batch, By::Digest);
     let answer = heard(batch, send(connection, &first)).await?;
     match &answer {
@@ -282,20 +280,21 @@ async fn heard<T>(batch: &mut [Job], work: impl Future<Output = T>) -> Option<T>
 fn command(batch: &[Job], by: By) -> Cmd {
     let bytes = batch.iter().map(|job| job.bytes.len()).sum();
     if batch[0].verb == Verb::Acquire {
-        let mut call = ACQUIRE.call(by, 3 * batch.len(), 3 * batch.len(), bytes);
+        let mut call = ACQUIRE.call(by, 3 * batch.len(), 4 * batch.len(), bytes);
         for number in 0..3 {
             write_all(&mut call, batch, number);
         }
         for job in batch {
-            (3..6).for_each(|number| call.write_arg(job.argument(number)));
+            (3..7).for_each(|number| call.write_arg(job.argument(number)));
         }
         return call;
     }
-    let tombstones = batch.iter().filter(|job| job.count > 2).count();
-    let mut call = RELEASE.call(by, batch.len() + tombstones, batch.len(), bytes);
+    let tombstones = batch.iter().filter(|job| job.count > 3).count();
+    let mut call = RELEASE.call(by, 2 * batch.len() + tombstones, batch.len(), bytes);
     write_all(&mut call, batch, 0);
-    batch.iter().filter(|job| job.count > 2).for_each(|job| call.write_arg(job.argument(2)));
     write_all(&mut call, batch, 1);
+    batch.iter().filter(|job| job.count > 3).for_each(|job| call.write_arg(job.argument(3)));
+    write_all(&mut call, batch, 2);
     call
 }
 

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use super::combine::{Counter, Job, Patience, Unanswered};
 use super::config::{Address, RedisConfig};
 use super::reply;
+use super::waiting::Waiting;
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -34,11 +35,21 @@ pub(super) struct Link {
     /// Set when it broke, by whoever noticed first.
     closed: Arc<AtomicBool>,
     probing: AtomicBool,
+    /// Whether messages can be received at all.
+    pushes: AtomicBool,
+    subscribed: AtomicBool,
+    /// Held while the subscription changes.
+    subscribing: tokio::sync::Mutex<()>,
 }
 
 impl Link {
     pub(super) fn is_open(&self) -> bool {
         !self.closed.load(Ordering::Acquire)
+    }
+
+    /// Whether the server's messages come over this connection.
+    pub(super) fn is_subscribed(&self) -> bool {
+        self.subscribed.load(Ordering::Acquire)
     }
 }
 
@@ -69,10 +80,12 @@ pub(super) struct Connector {
     runtime: Handle,
     slot: Mutex<Slot>,
     generations: AtomicU64,
+    /// Who is told of messages, and of a connection that broke.
+    waiting: Arc<Waiting>,
 }
 
 impl Connector {
-    pub(super) fn new(config: RedisConfig, runtime: Handle) -> Arc<Self> {
+    pub(super) fn new(config: RedisConfig, runtime: Handle, waiting: Arc<Waiting>) -> Arc<Self> {
         let location = config.location();
         Arc::new(Self {
             config,
@@ -80,7 +93,18 @@ impl Connector {
             runtime,
             slot: Mutex::new(Slot::Down),
             generations: AtomicU64::new(0),
+            waiting,
         })
+    }
+
+    /// Where connections live.
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// Which connection is the newest.
+    pub(super) fn session(&self) -> u64 {
+        self.generations.load(Ordering::Relaxed)
     }
 
     pub(super) fn timeout(&self) -> Duration {
@@ -192,10 +216,16 @@ impl Connector {
             .set_response_timeout(None)
             .set_pipeline_buffer_size(QUEUE);
         if protocol == ProtocolVersion::RESP3 {
-            let closed = closed.clone();
+            let (closed, waiting, prefix) =
+                (closed.clone(), self.waiting.clone(), self.config.prefix.clone());
             options = options.set_push_sender(move |push: PushInfo| -> Result<(), redis::aio::SendError> {
-                if push.kind == PushKind::Disconnection {
-                    closed.store(true, Ordering::Release);
+                match (push.kind, push.data.as_slice()) {
+                    (PushKind::Disconnection, _) => {
+                        closed.store(true, Ordering::Release);
+                        waiting.disconnected();
+                    }
+                    (PushKind::Message, [_, Value::BulkString(message)]) => waiting.pushed(&prefix, message),
+                    _ => {}
                 }
                 Ok(())
             });
@@ -204,7 +234,16 @@ impl Connector {
         Ok(dialled.map(|connection| {
             let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
             let counter = Counter::open(connection.clone(), closed.clone());
-            Arc::new(Link { connection, counter, generation, closed, probing: AtomicBool::new(false) })
+            Arc::new(Link {
+                connection,
+                counter,
+                generation,
+                closed,
+                probing: AtomicBool::new(false),
+                pushes: AtomicBool::new(protocol == ProtocolVersion::RESP3),
+                subscribed: AtomicBool::new(false),
+                subscribing: tokio::sync::Mutex::new(()),
+            })
         }))
     }
 
@@ -248,6 +287,47 @@ impl Connector {
             std::fs::read(path).map_err(|error| Error::invalid(format!("ca {}: {error}", path.display())))?;
         let certificates = TlsCertificates { client_tls: None, root_cert: Some(root) };
         Ok(client.and_then(|info| Client::build_with_tls(info, certificates)))
+    }
+
+    /// Has the server's messages come over this connection; false if it cannot or will not.
+    pub(super) async fn subscribe(&self, link: &Arc<Link>, deadline: Instant) -> Result<bool> {
+        if link.is_subscribed() {
+            return Ok(true);
+        }
+        let late = || self.unanswered(link, None);
+        let _turn = clock::timeout_at(deadline, link.subscribing.lock()).await.ok_or_else(late)?;
+        if link.is_subscribed() || !link.pushes.load(Ordering::Acquire) {
+            return Ok(link.is_subscribed());
+        }
+        let subscribe = redis::cmd("SUBSCRIBE").arg(&self.waiting.channel).to_owned();
+        match self.send(link, &subscribe, deadline).await? {
+            Value::ServerError(error) => {
+                tracing::warn!(store = %self.location, %error, "waiters cannot be called, and ask again instead");
+                link.pushes.store(false, Ordering::Release);
+            }
+            _ => link.subscribed.store(true, Ordering::Release),
+        }
+        Ok(link.is_subscribed())
+    }
+
+    /// Ends the subscription, if nobody waits; false if somebody does.
+    pub(super) async fn unsubscribe(&self) -> bool {
+        let link = match &*self.slot() {
+            Slot::Up(link) => Some(link.clone()),
+            Slot::Down | Slot::Dialling(_) => None,
+        };
+        let Some(link) = link.filter(|link| link.is_subscribed()) else { return self.waiting.retire() };
+        let _turn = link.subscribing.lock().await;
+        // Before looking whether anybody waits: whoever comes from now on subscribes again, after us.
+        link.subscribed.store(false, Ordering::Release);
+        if !self.waiting.retire() {
+            link.subscribed.store(true, Ordering::Release);
+            return false;
+        }
+        let unsubscribe = redis::cmd("UNSUBSCRIBE").arg(&self.waiting.channel).to_owned();
+        let deadline = clock::now().plus(self.timeout());
+        let _ = self.send(&link, &unsubscribe, deadline).await;
+        true
     }
 
     /// Has a claim's job done, together with others that are ready. A refusal by the server is a value.

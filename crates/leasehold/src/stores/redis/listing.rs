@@ -12,12 +12,14 @@ use super::script::{By, INSPECT, LIST};
 use super::{RedisStore, wrote};
 use crate::clock::Instant;
 use crate::error::Result;
-use crate::types::{Holder, LockView, Name, Page, Query};
+use crate::types::{ClaimId, Holder, LockView, Name, Page, Query, Record, Waiter};
 
 /// The most locks of one page.
 const PAGE: usize = 500;
 /// Locks looked at by one command, so that no command holds the server up for long.
 const BATCH: usize = 100;
+/// The most waiters listed of one lock; all are counted.
+const MOST_WAITERS: usize = 1_000;
 
 impl RedisStore {
     pub(super) async fn look_at(&self, query: &Query) -> Result<Page<LockView>> {
@@ -25,7 +27,7 @@ impl RedisStore {
         let link = self.connector.link(deadline).await?;
         match query {
             Query::One(name) => {
-                let items = self.views(&link, std::slice::from_ref(name), deadline).await?;
+                let items = self.views(&link, std::slice::from_ref(name), MOST_WAITERS, deadline).await?;
                 Ok(Page { items, next: None })
             }
             Query::Waits { .. } => Ok(Page { items: Vec::new(), next: None }),
@@ -34,7 +36,7 @@ impl RedisStore {
                 let names = self.indexed(&link, prefix, after.as_ref(), limit, deadline).await?;
                 let next = names.get(limit - 1).filter(|_| names.len() > limit).cloned();
                 let names = &names[..names.len().min(limit)];
-                let mut items = self.views(&link, names, deadline).await?;
+                let mut items = self.views(&link, names, 0, deadline).await?;
                 items.retain(|view| view.holder.is_some());
                 Ok(Page { items, next })
             }
@@ -74,13 +76,19 @@ impl RedisStore {
     }
 
     /// One view for each name, in one round trip.
-    async fn views(&self, link: &Arc<Link>, names: &[Name], deadline: Instant) -> Result<Vec<LockView>> {
+    async fn views(
+        &self,
+        link: &Arc<Link>,
+        names: &[Name],
+        waiters: usize,
+        deadline: Instant,
+    ) -> Result<Vec<LockView>> {
         let keys = names.iter().map(|name| self.keyspace.keys(name)).collect::<Result<Vec<_>>>()?;
         let mut by = By::Digest;
         let answers = loop {
             let mut calls = Pipeline::with_capacity(names.len().div_ceil(BATCH));
             for batch in keys.chunks(BATCH) {
-                calls.add_command(inspect_call(batch, by)?);
+                calls.add_command(inspect_call(batch, waiters, by)?);
             }
             if calls.is_empty() {
                 return Ok(Vec::new());
@@ -103,30 +111,44 @@ impl RedisStore {
     }
 }
 
-fn inspect_call(batch: &[Keys<'_>], by: By) -> Result<redis::Cmd> {
-    let mut call = INSPECT.call(by, 2 * batch.len(), 0, batch.iter().map(|keys| 2 * keys.bound()).sum());
+fn inspect_call(batch: &[Keys<'_>], waiters: usize, by: By) -> Result<redis::Cmd> {
+    let mut call = INSPECT.call(by, 2 * batch.len(), 1, batch.iter().map(|keys| 2 * keys.bound()).sum());
     for keys in batch {
         wrote(keys.write_lock(&mut call.writer_for_next_arg()))?;
         wrote(keys.write_fence(&mut call.writer_for_next_arg()))?;
     }
+    call.write_arg_fmt(waiters);
     Ok(call)
 }
 
 fn read_views(names: &[Name], answer: &Value) -> Option<Vec<LockView>> {
     let Value::Array(parts) = answer else { return None };
     let (Value::Int(now), rest) = parts.split_first()? else { return None };
-    if rest.len() != 3 * names.len() {
+    if rest.len() != 5 * names.len() {
         return None;
     }
-    names.iter().zip(rest.chunks_exact(3)).map(|(name, parts)| read_view(name, parts, *now)).collect()
+    names.iter().zip(rest.chunks_exact(5)).map(|(name, parts)| read_view(name, parts, *now)).collect()
+}
+
+/// A claim and its entry, `1 <process> <ttl ms> <tokens> <since us> <record>`.
+fn read_waiter(pair: &[Value]) -> Option<Waiter> {
+    let [Value::BulkString(claim), Value::BulkString(entry)] = pair else { return None };
+    let id = ClaimId::parse(std::str::from_utf8(claim).ok()?)?;
+    let mut parts = entry.splitn(6, |byte| *byte == b' ');
+    let since = parts.nth(4).and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
+    Some(Waiter::new(id, since, parts.next().and_then(Record::decode)))
 }
 
 fn read_view(name: &Name, parts: &[Value], now: i64) -> Option<LockView> {
-    let [value, Value::Int(left), fence] = parts else { return None };
+    let [value, Value::Int(left), fence, Value::Int(waiters), Value::Array(queue)] = parts else {
+        return None;
+    };
     let mut view = LockView::free(name.clone());
     if let Value::BulkString(text) = fence {
         view.last_token = reply::read_token(text);
     }
+    view.waiters = u64::try_from(*waiters).unwrap_or(0);
+    view.queue = queue.chunks_exact(2).filter_map(read_waiter).collect();
     view.holder = match value {
         Value::Nil => None,
         Value::BulkString(value) => Some(Occupant::read(value).into_holder(*left)),

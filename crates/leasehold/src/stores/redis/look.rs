@@ -123,6 +123,10 @@ pub(super) async fn guarantees(connector: &Arc<Connector>) -> Result<Guarantees>
     guarantees.most_ttl = MOST_TTL;
     guarantees.may_evict = facts.may_evict();
     guarantees.lost_at_failover = facts.is_replica() || facts.replicas() != Some(0);
+    // Only a trial tells whether this user may be called on this server.
+    let deadline = clock::now().plus(connector.timeout());
+    guarantees.fifo = connector.subscribe(&connector.link(deadline).await?, deadline).await?;
+    connector.unsubscribe().await;
     Ok(guarantees)
 }
 

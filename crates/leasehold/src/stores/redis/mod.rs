@@ -11,8 +11,10 @@ mod fence;
 mod keys;
 mod listing;
 mod look;
+mod refresh;
 mod reply;
 mod script;
+mod waiting;
 
 use std::fs::File;
 use std::io::Write;
@@ -40,6 +42,7 @@ use connection::{Connector, Link};
 use keys::{Keys, Keyspace, owner};
 use reply::{Occupant, Refusal};
 use script::By;
+use waiting::{Attempt, Seen, Waiting};
 
 /// The least TTL.
 const LEAST_TTL: Duration = Duration::from_millis(10);
@@ -55,6 +58,7 @@ pub struct RedisStore {
     keyspace: Keyspace,
     username: Option<String>,
     guarantees: Guarantees,
+    waiting: Arc<Waiting>,
 }
 
 impl RedisStore {
@@ -66,13 +70,16 @@ impl RedisStore {
     /// URL names cannot be read.
     ///
     /// # Round trips
-    /// The dial and two.
+    /// The dial and four.
     pub async fn connect(config: RedisConfig, runtime: Handle) -> Result<Arc<Self>> {
         let keyspace = Keyspace::new(&config.prefix);
         let username = config.username.clone();
-        let connector = Connector::new(config, runtime);
+        let waiting = Arc::new(Waiting::new());
+        let connector = Connector::new(config, runtime, waiting.clone());
         let guarantees = look::guarantees(&connector).await?;
-        Ok(Arc::new(Self { connector, keyspace, username, guarantees }))
+        let store = Arc::new(Self { connector, keyspace, username, guarantees, waiting });
+        refresh::attend(&store);
+        Ok(store)
     }
 
     fn deadline(&self, ttl: Option<Duration>) -> Instant {
@@ -113,31 +120,88 @@ impl RedisStore {
         }
         let keys = self.keyspace.keys(&claim.name)?;
         let deadline = self.deadline(Some(claim.ttl));
-        let patience = Patience { deadline, is_short: claim.ttl / 3 < self.connector.timeout() };
         let link = self.connector.link(deadline).await?;
-        let job = wrote(acquire_job(&keys, claim, ttl))?;
-        let answer = self.accepted(self.connector.submit(&link, job, patience).await?)?;
-        let granted = |token, ttl| Acquired::Granted(Grant { token, ttl, session: link.generation });
+        if !claim.queue {
+            return self.present(&keys, claim, ttl, &link, deadline, None).await;
+        }
+        let mut attempt = self.waiting.present(claim).ok_or_else(|| passing_on())?;
+        let mut in_line = link.is_subscribed();
+        let answer = loop {
+            let wish = in_line.then_some(&attempt);
+            let answer = self.present(&keys, claim, ttl, &link, deadline, wish).await;
+            // Nobody joins the line who cannot be called. The first to wait on this connection asks for calls.
+            if in_line || !matches!(answer, Ok(Acquired::Busy(_))) {
+                break answer;
+            }
+            match self.connector.subscribe(&link, deadline).await {
+                Ok(true) => in_line = true,
+                Ok(false) => break answer,
+                Err(error) => break Err(error),
+            }
+            attempt = self.waiting.present(claim).ok_or_else(|| passing_on())?;
+        };
         match &answer {
+            Ok(Acquired::Queued(_)) => {}
+            // It may stand in line all the same.
+            Err(error) if error.is_transient() => {}
+            _ => self.waiting.forget(claim.id),
+        }
+        answer
+    }
+
+    /// One presentation of a claim; with an attempt, it waits in line if the lock is busy.
+    async fn present(
+        &self,
+        keys: &Keys<'_>,
+        claim: &Claim,
+        ttl: u64,
+        link: &Arc<Link>,
+        deadline: Instant,
+        attempt: Option<&Attempt>,
+    ) -> Result<Acquired> {
+        let patience = Patience { deadline, is_short: claim.ttl / 3 < self.connector.timeout() };
+        let job =
+            wrote(acquire_job(keys, claim, ttl, attempt.map(|attempt| (&*self.waiting.channel, attempt))))?;
+        let answer = self.accepted(self.connector.submit(link, job, patience).await?)?;
+        let granted = |token, ttl| Acquired::Granted(Grant { token, ttl, session: link.generation });
+        let (value, left, ahead) = match &answer {
             Value::Int(token) => {
                 let token = u64::try_from(*token).map_err(|_| reply::unexpected(&answer))?;
-                Ok(granted(FencingToken::new(token), Duration::from_millis(ttl)))
+                return Ok(granted(FencingToken::new(token), Duration::from_millis(ttl)));
             }
-            Value::Array(parts) => match parts.as_slice() {
-                [Value::BulkString(value), Value::Int(left)] => match Occupant::read(value) {
-                    Occupant::Claim { id, token, .. } if id == claim.id => {
-                        Ok(granted(token, reply::remaining(*left).unwrap_or(MOST_TTL)))
-                    }
-                    Occupant::Newer(shown) => Err(newer_protocol(&shown)),
-                    occupant => Ok(Acquired::Busy(occupant.into_holder(*left))),
-                },
-                _ => Err(reply::unexpected(&answer)),
+            Value::Array(parts) => match (parts.as_slice(), attempt) {
+                ([Value::BulkString(value), Value::Int(left)], _) => (value, *left, None),
+                ([Value::BulkString(value), Value::Int(left), Value::Int(ahead)], Some(attempt)) => {
+                    (value, *left, Some((u64::try_from(*ahead).unwrap_or(0), attempt)))
+                }
+                _ => return Err(reply::unexpected(&answer)),
             },
-            _ => Err(reply::unexpected(&answer)),
+            _ => return Err(reply::unexpected(&answer)),
+        };
+        match (Occupant::read(value), ahead) {
+            (Occupant::Claim { id, token, .. }, _) if id == claim.id => {
+                Ok(granted(token, reply::remaining(left).unwrap_or(MOST_TTL)))
+            }
+            (Occupant::Newer(shown), _) => Err(newer_protocol(&shown)),
+            (occupant, None) => Ok(Acquired::Busy(occupant.into_holder(left))),
+            (occupant, Some((ahead, attempt))) => {
+                let holder = Some(occupant.into_holder(left));
+                let seen = Seen { holder, left: reply::remaining(left), session: link.generation };
+                Ok(Acquired::Queued(self.waiting.queued(claim, attempt, ahead, &seen)))
+            }
         }
     }
 
     async fn release_once(&self, held: &Held) -> Result<Released> {
+        let answer = self.give_back(held).await;
+        if held.waiting {
+            // Only now: a grant that came meanwhile was passed on by this very release.
+            self.waiting.forget(held.id);
+        }
+        answer
+    }
+
+    async fn give_back(&self, held: &Held) -> Result<Released> {
         let keys = self.keyspace.keys(&held.name)?;
         let deadline = self.deadline(None);
         let link = self.connector.link(deadline).await?;
@@ -249,29 +313,51 @@ fn wrote<T>(result: std::io::Result<T>) -> Result<T> {
     result.map_err(|error| Error::invalid("the command could not be written").caused_by(error))
 }
 
-fn acquire_job(keys: &Keys<'_>, claim: &Claim, ttl: u64) -> std::io::Result<Job> {
-    let mut job = Job::new(Verb::Acquire, 3 * keys.bound() + claim.record.len() + 64);
+fn passing_on() -> Error {
+    Error::new(ErrorKind::Unavailable, "the lock came when nobody waited for it, and is being passed on")
+}
+
+fn acquire_job(
+    keys: &Keys<'_>,
+    claim: &Claim,
+    ttl: u64,
+    attempt: Option<(&str, &Attempt)>,
+) -> std::io::Result<Job> {
+    let mut job = Job::new(Verb::Acquire, 3 * keys.bound() + claim.record.len() + 160);
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
     job.push(|out| keys.write_gone(claim.id, out))?;
     job.push(|out| out.write_all(&owner(claim.id)))?;
     job.push(|out| out.write_all(claim.record.as_bytes()))?;
     job.push(|out| write!(out, "{ttl}"))?;
+    job.push(|out| {
+        let tokens = claim.tokens.max(1);
+        let Some((channel, Attempt { number, window })) = attempt else {
+            return if tokens > 1 { write!(out, "{tokens}") } else { Ok(()) };
+        };
+        write!(out, "{tokens} {channel} {} {number} ", window.as_millis())?;
+        match claim.queue_limit {
+            Some(limit) => write!(out, "{limit}"),
+            None => out.write_all(b"-"),
+        }
+    })?;
     Ok(job)
 }
 
 fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool) -> std::io::Result<Job> {
-    let mut job = Job::new(Verb::Release, if forbid { 2 * keys.bound() + 80 } else { keys.bound() + 40 });
+    let mut job = Job::new(Verb::Release, if forbid { 3 * keys.bound() + 80 } else { 2 * keys.bound() + 40 });
     job.push(|out| keys.write_lock(out))?;
-    if !forbid {
-        job.push(|out| out.write_all(&owner(held.id)))?;
-        return Ok(job);
-    }
+    job.push(|out| keys.write_fence(out))?;
     job.push(|out| {
         out.write_all(&owner(held.id))?;
-        out.write_all(b"+")
+        if held.waiting {
+            out.write_all(b"w")?;
+        }
+        if forbid { out.write_all(b"+") } else { Ok(()) }
     })?;
-    job.push(|out| keys.write_gone(held.id, out))?;
+    if forbid {
+        job.push(|out| keys.write_gone(held.id, out))?;
+    }
     Ok(job)
 }
 
@@ -304,9 +390,8 @@ impl Store for RedisStore {
             .map_err(|error| error.for_name(&claim.name).on_store(&self.connector.location))
     }
 
-    async fn woken(&self, _ticket: &Ticket) -> Woken {
-        // Nobody queues here yet, so nobody is called.
-        std::future::pending().await
+    async fn woken(&self, ticket: &Ticket) -> Woken {
+        self.waiting.woken(ticket).await
     }
 
     async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>> {

@@ -6,7 +6,9 @@ local count = #KEYS - 1
 for i = 1, count do
   local value, owner = redis.pcall('GET', KEYS[i]), ARGV[2 * i]
   local answer = -2
-  if type(value) == 'string' and string.sub(value, 1, #owner) == owner then
+  -- The byte after the claim id only says whether there is a line.
+  if type(value) == 'string' and string.sub(value, 1, 36) == string.sub(owner, 1, 36)
+    and string.sub(value, 38, #owner) == string.sub(owner, 38) then
     local ttl = tonumber(ARGV[2 * i + 1])
     answer = redis.call('PTTL', KEYS[i])
     if ttl > 0 and answer < ttl then

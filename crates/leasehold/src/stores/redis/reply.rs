@@ -49,6 +49,19 @@ impl Refusal {
         let unavailable = |what: &'static str| Error::new(ErrorKind::Unavailable, what);
         let error = match self.code.as_str() {
             "WITHDRAWN" => return rejected("this claim was withdrawn"),
+            "QUEUEFULL" => {
+                return Error::new(
+                    ErrorKind::QueueFull,
+                    format!(
+                        "{} wait in line already, as many as this mutex allows",
+                        Escaped(self.detail.as_bytes())
+                    ),
+                );
+            }
+            "BADQUEUE" => {
+                return rejected("a key of the lock's line of waiters holds something else")
+                    .advise("delete leasehold:{..}:queue:.. and leasehold:{..}:waiters:.. of this lock if they are a mistake");
+            }
             "BADFENCE" => {
                 return rejected("the key of the lock's last token holds something else")
                     .advise("look at it with `leasehold show`, and delete it if it is a mistake: tokens go on from the server's time");
@@ -168,7 +181,11 @@ impl Occupant {
     fn read_claim(value: &[u8]) -> Option<Self> {
         let (head, rest) = value.split_at_checked(OWNER_BYTES)?;
         let id = ClaimId::parse(std::str::from_utf8(&head[4..OWNER_BYTES - 1]).ok()?)?;
-        if head != owner(id) {
+        // The last byte only says whether others wait.
+        let expected = owner(id);
+        if head[..OWNER_BYTES - 1] != expected[..OWNER_BYTES - 1]
+            || !matches!(head[OWNER_BYTES - 1], b':' | b'!')
+        {
             return None;
         }
         let end = rest.iter().position(|byte| *byte == b':')?;
@@ -199,8 +216,10 @@ fn is_another_version(value: &[u8]) -> bool {
 }
 
 pub(super) fn read_token(text: &[u8]) -> Option<FencingToken> {
+    // A fence ends in ! while others wait.
+    let text = text.strip_suffix(b"!").unwrap_or(text);
     let number = std::str::from_utf8(text).ok()?.parse().ok()?;
-    (number <= FencingToken::MAX).then(|| FencingToken::new(number))
+    (number > 0 && number <= FencingToken::MAX).then(|| FencingToken::new(number))
 }
 
 /// The time that PTTL answered; `None` for a key that never ends.

@@ -12,18 +12,19 @@ pub(super) struct Script {
 }
 
 macro_rules! script {
-    ($name:ident, $file:literal) => {
+    ($name:ident, $($file:literal),+) => {
         pub(super) static $name: Script = Script {
-            body: include_str!($file),
-            digest: LazyLock::new(|| redis::Script::new(include_str!($file)).get_hash().to_owned()),
+            body: concat!($(include_str!($file)),+),
+            digest: LazyLock::new(|| redis::Script::new(concat!($(include_str!($file)),+)).get_hash().to_owned()),
         };
     };
 }
 
-script!(ACQUIRE, "acquire.lua");
+script!(ACQUIRE, "line.lua", "acquire.lua");
 script!(RENEW, "renew.lua");
-script!(RELEASE, "release.lua");
-script!(INSPECT, "inspect.lua");
+script!(RELEASE, "line.lua", "release.lua");
+script!(REFRESH, "line.lua", "refresh.lua");
+script!(INSPECT, "line.lua", "inspect.lua");
 script!(LIST, "list.lua");
 script!(FENCED_SET, "fenced_set.lua");
 

@@ -1,0 +1,206 @@
+//! How long a lock takes from one holder to the next, on one Redis server: beside the round trip of a PING on a connection
+//! of the same kind, in the same run. Prints medians and ratios; asserts nothing.
+//!
+//! `cargo run --release -p leasehold-bench --bin handoff`
+#![allow(clippy::disallowed_methods, reason = "a benchmark measures with the monotonic clock")]
+#![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report to")]
+
+use std::io::Write;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use leasehold::Locks;
+use leasehold_chaos::servers::RedisServer;
+use redis::{AsyncConnectionConfig, IntoConnectionInfo};
+use tokio::sync::Barrier;
+
+const SPAN: Duration = Duration::from_secs(4);
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [_, "worker", url, name, tasks, hold_us, span_ms] => worker(
+            url,
+            name,
+            tasks.parse().unwrap(),
+            Duration::from_micros(hold_us.parse().unwrap()),
+            Duration::from_millis(span_ms.parse().unwrap()),
+        ),
+        _ => report(),
+    }
+}
+
+fn report() {
+    let server = RedisServer::start();
+    let url = server.url();
+    for round in 1..=3 {
+        let ping = ping(&url);
+        println!("round {round}: PING {:.1} us (median), {:.1} us (p99)", ping.0, ping.1);
+        let seen = run(&url, &format!("two:{round}"), 2, 1, Duration::from_millis(1));
+        let (median, p99) = seen.handoffs();
+        println!(
+            "  two processes, 1 ms hold: hand-off {median:.1} us = {:.2} PINGs (median), {p99:.1} us = {:.2} median PINGs (p99), {} hand-offs",
+            median / ping.0,
+            p99 / ping.0,
+            seen.holds.len()
+        );
+        for (processes, tasks) in [(1, 128), (8, 16)] {
+            let seen = run(&url, &format!("crowd:{round}:{processes}"), processes, tasks, Duration::ZERO);
+            let rate = seen.rate();
+            println!(
+                "  {processes} x {tasks} tasks, empty section: {rate:.0} holds/s = {:.2} per median PING, Jain {:.4}",
+                rate * ping.0 / 1e6,
+                seen.jain()
+            );
+        }
+    }
+}
+
+/// Median and 99th percentile of a PING, its driver on another thread as Leasehold's is.
+fn ping(url: &str) -> (f64, f64) {
+    let driver = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let info = url.into_connection_info().unwrap();
+    let info = info.clone().set_tcp_settings(info.tcp_settings().clone().set_nodelay(true));
+    let mut connection = driver
+        .block_on(driver.spawn(async move {
+            let config = AsyncConnectionConfig::new().set_response_timeout(None);
+            redis::Client::open(info)
+                .unwrap()
+                .get_multiplexed_async_connection_with_config(&config)
+                .await
+                .unwrap()
+        }))
+        .unwrap();
+    let caller = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut times = caller.block_on(async {
+        let mut times = Vec::new();
+        for _ in 0..4_000 {
+            let began = Instant::now();
+            let _: String = redis::cmd("PING").query_async(&mut connection).await.unwrap();
+            times.push(began.elapsed().as_secs_f64() * 1e6);
+        }
+        times
+    });
+    drop(connection);
+    driver.shutdown_background();
+    (quantile(&mut times, 0.5), quantile(&mut times, 0.99))
+}
+
+fn quantile(values: &mut [f64], share: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "an index"
+    )]
+    values[((values.len() - 1) as f64 * share) as usize]
+}
+
+/// One hold: its token, who had it, and when it was had and given back, in nanoseconds of the machine's monotonic clock.
+#[derive(Clone, Copy)]
+struct Hold {
+    token: u64,
+    who: usize,
+    had: u64,
+    gave: u64,
+}
+
+struct Seen {
+    holds: Vec<Hold>,
+    workers: usize,
+}
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+impl Seen {
+    fn handoffs(&self) -> (f64, f64) {
+        let pairs = self.holds.windows(2).filter(|pair| pair[0].who != pair[1].who);
+        let mut times: Vec<f64> =
+            pairs.map(|pair| pair[1].had.saturating_sub(pair[0].gave) as f64 / 1e3).collect();
+        (quantile(&mut times, 0.5), quantile(&mut times, 0.99))
+    }
+
+    fn rate(&self) -> f64 {
+        let (first, last) = (self.holds[0].had, self.holds[self.holds.len() - 1].gave);
+        self.holds.len() as f64 * 1e9 / (last - first) as f64
+    }
+
+    fn jain(&self) -> f64 {
+        let mut counts = vec![0.0; self.workers];
+        self.holds.iter().for_each(|hold| counts[hold.who] += 1.0);
+        let sum: f64 = counts.iter().sum();
+        sum * sum / (counts.len() as f64 * counts.iter().map(|count| count * count).sum::<f64>())
+    }
+}
+
+fn run(url: &str, name: &str, processes: usize, tasks: usize, hold: Duration) -> Seen {
+    let program = std::env::current_exe().unwrap();
+    let workers: Vec<Child> = (0..processes)
+        .map(|_| {
+            Command::new(&program)
+                .args(["worker", url, name, &tasks.to_string()])
+                .args([hold.as_micros().to_string(), SPAN.as_millis().to_string()])
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    let mut holds = Vec::new();
+    for (process, worker) in workers.into_iter().enumerate() {
+        let text = String::from_utf8(worker.wait_with_output().unwrap().stdout).unwrap();
+        for line in text.lines() {
+            let numbers: Vec<u64> = line.split(' ').map(|number| number.parse().unwrap()).collect();
+            let who = process * tasks + usize::try_from(numbers[1]).unwrap();
+            holds.push(Hold { token: numbers[0], who, had: numbers[2], gave: numbers[3] });
+        }
+    }
+    holds.sort_by_key(|hold| hold.token);
+    // Without the start and the end, when not everybody is there.
+    let edge = holds.len() / 10;
+    Seen { holds: holds[edge..holds.len() - edge].to_vec(), workers: processes * tasks }
+}
+
+fn nanos() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(time.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap()
+}
+
+/// Locks and unlocks with so many tasks, and prints each hold at the end.
+fn worker(url: &str, name: &str, tasks: usize, hold: Duration, span: Duration) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let holds = runtime.block_on(async {
+        let locks: Locks = leasehold::connect(url).await.unwrap();
+        let ready = Arc::new(Barrier::new(tasks));
+        let ends = Instant::now() + span;
+        let running: Vec<_> = (0..tasks)
+            .map(|task| {
+                let (mutex, ready) = (locks.mutex(name), ready.clone());
+                tokio::spawn(async move {
+                    ready.wait().await;
+                    let mut holds = Vec::new();
+                    while Instant::now() < ends {
+                        let guard = mutex.lock().await.unwrap();
+                        let had = nanos();
+                        if !hold.is_zero() {
+                            tokio::time::sleep(hold).await;
+                        }
+                        let (token, gave) = (guard.fencing_token().get(), nanos());
+                        let _ = guard.unlock().await.unwrap();
+                        holds.push((token, task, had, gave));
+                    }
+                    holds
+                })
+            })
+            .collect();
+        let mut all = Vec::new();
+        for task in running {
+            all.extend(task.await.unwrap());
+        }
+        all
+    });
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    for (token, task, had, gave) in holds {
+        writeln!(out, "{token} {task} {had} {gave}").unwrap();
+    }
+}

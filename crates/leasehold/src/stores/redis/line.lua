@@ -1,0 +1,147 @@
+-- The line of waiters, for the scripts that need it; made only where there may be one. docs/protocol.md tells the rest.
+-- The fence of a lock that has a line ends in !, and so does the claim id in the lock's value.
+local function line()
+  local call, pcall, match, sub = redis.call, redis.pcall, string.match, string.sub
+  local time = call('TIME')
+  local now = time[1] * 1000000 + time[2]
+  local function whole(number) return string.format('%.0f', number) end
+  local function field(waiters, name)
+    local text = pcall('HGET', waiters, name)
+    return type(text) == 'string' and text or ''
+  end
+  local it = {}
+
+  -- The queue (a sorted set of claims in the order of arrival), and what is known of the waiters (a hash).
+  function it.keys(fence)
+    local at = string.find(fence, '}:fence:', 1, true)
+    local before, after = sub(fence, 1, at), sub(fence, at + 8)
+    return before .. ':queue:' .. after, before .. ':waiters:' .. after
+  end
+
+  -- The last token, or nothing; and whether the key holds something else.
+  function it.last(fence)
+    local last = pcall('GET', fence)
+    if not last then return nil, false end
+    local number = type(last) == 'string' and tonumber(match(last, '^(%d+)!?$'))
+    return number or nil, not number
+  end
+
+  -- Says on the fence and on the lock that there is a line.
+  local function mark(lock, value, fence)
+    if type(value) == 'string' and sub(value, 1, 4) == 'lh1:' and sub(value, 37, 37) == ':' then
+      call('SETRANGE', lock, 36, '!')
+    end
+    local last = pcall('GET', fence)
+    if not last then
+      call('SET', fence, '0!', 'PX', 90000000)
+    elseif type(last) == 'string' and sub(last, -1) ~= '!' then
+      call('APPEND', fence, '!')
+    end
+  end
+
+  -- A process was heard of, with this presentation as its latest. Side keys outlive no process by much.
+  local function hear(queue, waiters, process, window, attempt)
+    call('HSET', waiters, 'p' .. process, whole(now + window * 1000) .. ' ' .. attempt)
+    local kept = math.max(60000, window * 4)
+    call('PEXPIRE', queue, kept)
+    call('PEXPIRE', waiters, kept)
+  end
+
+  -- Puts a claim in line, or finds it there. Answers how many are ahead, or an error.
+  function it.enqueue(lock, value, fence, claim, wish, ttl, record)
+    local tokens, process, window, attempt, limit = match(wish, '^(%d+) (%S+) (%d+) (%d+) (%S+)$')
+    local queue, waiters = it.keys(fence)
+    local rank = pcall('ZRANK', queue, claim)
+    if type(rank) == 'table' then return redis.error_reply('BADQUEUE line') end
+    if not rank then
+      rank = call('ZCARD', queue)
+      if limit ~= '-' and rank >= tonumber(limit) then return redis.error_reply('QUEUEFULL ' .. rank) end
+      local number = pcall('HINCRBY', waiters, 'n', 1)
+      if type(number) == 'table' then return number end
+      if tonumber(ttl) > 30000 then ttl = '30000' end
+      call('HSET', waiters, 'c' .. claim, table.concat({'1', process, ttl, tokens, whole(now), record}, ' '))
+      call('ZADD', queue, number, claim)
+      mark(lock, value, fence)
+    end
+    hear(queue, waiters, process, window, attempt)
+    return rank
+  end
+
+  -- Hears of a process's waiters again, and hands a free lock on. Answers where each of the claims stands: -1 is not in line.
+  function it.refresh(lock, fence, process, window, attempt, claims)
+    local queue, waiters = it.keys(fence)
+    local ranks = {}
+    local there = call('EXISTS', queue) == 1
+    if there then
+      hear(queue, waiters, process, window, attempt)
+      local value = pcall('GET', lock)
+      if not value then it.hand_over(lock, fence) else mark(lock, value, fence) end
+    end
+    for i, claim in ipairs(claims) do ranks[i] = there and call('ZRANK', queue, claim) or -1 end
+    return ranks
+  end
+
+  -- Takes a claim out of the line.
+  function it.leave(fence, claim)
+    local queue, waiters = it.keys(fence)
+    local left = pcall('ZREM', queue, claim)
+    if left ~= 1 then return end
+    call('HDEL', waiters, 'c' .. claim)
+    if call('EXISTS', queue) == 0 then call('DEL', waiters) end
+  end
+
+  -- Hands the lock, whose key is free or the caller's to overwrite, to the first in line who can be reached. The claim
+  -- `asking`, if any, is being presented in this very call and needs no message. Answers the claim, or nothing: then
+  -- the key is as it was, or an earlier waiter's.
+  function it.hand_over(lock, fence, asking)
+    local queue, waiters = it.keys(fence)
+    local last, strange = it.last(fence)
+    if strange then return end
+    local at, looked, deaf, silent = 0, 0, {}, 0
+    while looked < 1000 and silent < 16 do
+      looked = looked + 1
+      local claim = pcall('ZRANGE', queue, at, at)[1]
+      if not claim then break end
+      local entry = field(waiters, 'c' .. claim)
+      local process, ttl, tokens, record = match(entry, '^1 (%S+) (%d+) (%d+) %d+ (.*)$')
+      local heard, attempt = nil, '0'
+      if process then heard, attempt = match(field(waiters, 'p' .. process), '^(%d+) (%d+)$') end
+      if entry ~= '' and not process then
+        -- Of a version that we do not know: left to those who do.
+        at = at + 1
+      elseif claim ~= asking and not (heard and tonumber(heard) > now) then
+        call('ZREM', queue, claim)
+        call('HDEL', waiters, 'c' .. claim)
+      elseif claim ~= asking and deaf[process] then
+        at = at + 1
+      else
+        local token = now
+        if last and last >= now then token = last + 1 end
+        last = token + tokens - 1
+        if last > 9007199254740991 then return end
+        local more = call('ZCARD', queue) > 1
+        -- The fence first: if there is no memory for the lock, a number is lost and nothing else.
+        local set = pcall('SET', fence, whole(last) .. (more and '!' or ''), 'PX', whole(90000000 + (last - now) / 1000))
+        if set.err then return end
+        set = pcall('SET', lock, 'lh1:' .. claim .. (more and '!' or ':') .. whole(token) .. ':' .. record, 'PX', ttl)
+        if set.err then return end
+        local reached = claim == asking
+        if not reached then
+          local heard_by = pcall('PUBLISH', process, table.concat({'1', claim, whole(token), ttl, attempt, lock}, ' '))
+          reached = type(heard_by) == 'number' and heard_by > 0
+        end
+        if reached then
+          call('ZREM', queue, claim)
+          if more then call('HDEL', waiters, 'c' .. claim) else call('DEL', waiters) end
+          return claim
+        end
+        -- Nobody listens just now, but it may come back: it keeps its place, and the next one is tried.
+        deaf[process], at, silent = true, at + 1, silent + 1
+        call('DEL', lock)
+      end
+    end
+    if call('EXISTS', queue) == 0 then call('DEL', waiters) end
+  end
+
+  return it
+end

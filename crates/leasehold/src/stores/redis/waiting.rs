@@ -1,0 +1,529 @@
+//! The waiters of this process: where each stands, what was sent for them and when, and the grants that were pushed.
+//!
+//! Pure bookkeeping; [`refresh`](super::refresh) sends what is due. A process counts as one voice: one command for each
+//! lock keeps all its waiters in line.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::clock::{self, Instant, Now};
+use crate::store::{Woken, alive_for, heard_every};
+use crate::types::{Claim, ClaimId, FencingToken, Grant, Holder, Name, Ticket};
+
+/// Presentations whose send time is remembered, for each lock.
+const REMEMBERED: usize = 64;
+/// Between the first in line and the last, how much later each place looks when the holder's time is up.
+const PER_PLACE: Duration = Duration::from_millis(100);
+/// What the server may take to let a key end, after its time.
+const EXPIRY_GRAIN: Duration = Duration::from_millis(1);
+/// How the first in line looks after a lock that ends without a message: another library's, or one that nobody has.
+const FOREIGN_LEAST: Duration = Duration::from_millis(10);
+const FOREIGN_MOST: Duration = Duration::from_millis(500);
+
+/// All waiters of one store.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    /// The channel on which this process is called, and its name in every line.
+    pub(super) channel: String,
+    attempts: AtomicU64,
+    table: Mutex<Table>,
+    /// Rung when something is due sooner than planned.
+    pub(super) bell: Notify,
+    /// Starts the task that serves.
+    pub(super) starter: Starter,
+}
+
+/// What starts the task that serves the waiters; set once there is a store.
+#[derive(Default)]
+pub(super) struct Starter(OnceLock<Box<dyn Fn() + Send + Sync>>);
+
+impl Starter {
+    pub(super) fn set(&self, start: impl Fn() + Send + Sync + 'static) {
+        let _ = self.0.set(Box::new(start));
+    }
+
+    fn get(&self) -> Option<&(dyn Fn() + Send + Sync)> {
+        self.0.get().map(|start| &**start)
+    }
+}
+
+impl fmt::Debug for Starter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Starter")
+    }
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    queues: HashMap<Name, Queue>,
+    places: HashMap<ClaimId, Place>,
+    /// Grants that came for claims which nobody waits for, until they are passed on.
+    orphans: HashMap<ClaimId, Name>,
+    /// Those of them that are still to be begun with.
+    found: Vec<ClaimId>,
+    /// Until when the task that serves sleeps; `None` if none runs.
+    planned: Option<Instant>,
+}
+
+/// The waiters for one lock.
+#[derive(Debug)]
+struct Queue {
+    claims: HashSet<ClaimId>,
+    /// The shortest TTL among them.
+    ttl: Duration,
+    sent: VecDeque<(u64, Now)>,
+    /// The latest attempt that was answered.
+    answered: u64,
+    due: Instant,
+    in_flight: bool,
+    foreign_wait: Duration,
+}
+
+/// One waiter.
+#[derive(Debug)]
+struct Place {
+    ticket: Ticket,
+    ttl: Duration,
+    bell: Arc<Notify>,
+    listeners: u32,
+    /// When it was last presented by its own caller.
+    heard: Instant,
+    news: Option<News>,
+}
+
+#[derive(Debug)]
+enum News {
+    Granted(Grant, Now),
+    Moved,
+    Look,
+}
+
+impl Place {
+    fn tell(&mut self, news: News) {
+        // A grant is not to be forgotten over a change of place.
+        if !matches!((&self.news, &news), (Some(News::Granted(..)), News::Moved | News::Look)) {
+            self.news = Some(news);
+        }
+        self.bell.notify_one();
+    }
+
+    fn is_wanted(&self, now: Instant) -> bool {
+        self.listeners > 0 || self.heard.plus(alive_for(self.ttl)) > now
+    }
+}
+
+/// How one attempt is presented.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) number: u64,
+    /// For how long the process counts as alive by it.
+    pub(super) window: Duration,
+}
+
+/// What is due for one lock: a presentation of all its waiters.
+#[derive(Debug)]
+pub(super) struct Due {
+    pub(super) name: Name,
+    pub(super) attempt: Attempt,
+    pub(super) sent: Now,
+    pub(super) claims: Vec<ClaimId>,
+    pub(super) ttl: Duration,
+}
+
+/// What a lock looked like when a presentation was answered.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) holder: Option<Holder>,
+    pub(super) left: Option<Duration>,
+    pub(super) session: u64,
+}
+
+/// What there is to do.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) due: Vec<Due>,
+    pub(super) orphans: Vec<(Name, ClaimId)>,
+    /// When to look again.
+    pub(super) next: Instant,
+    pub(super) is_idle: bool,
+}
+
+impl Waiting {
+    pub(super) fn new() -> Self {
+        Self {
+            channel: format!("leasehold:push:{}", clock::claim_id()),
+            attempts: AtomicU64::new(0),
+            table: Mutex::default(),
+            bell: Notify::new(),
+            starter: Starter::default(),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next_attempt(&self) -> u64 {
+        self.attempts.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Notes that a claim is about to be presented, to wait in line if need be. `None` if its grant came when nobody
+    /// waited for it, and is being passed on just now: that must have ended first.
+    pub(super) fn present(&self, claim: &Claim) -> Option<Attempt> {
+        let (number, sent) = (self.next_attempt(), clock::look());
+        let mut table = self.table();
+        if table.orphans.contains_key(&claim.id) {
+            return None;
+        }
+        let queue = table.queues.entry(claim.name.clone()).or_insert_with(|| Queue {
+            claims: HashSet::new(),
+            ttl: claim.ttl,
+            sent: VecDeque::new(),
+            answered: 0,
+            due: sent.boot.plus(heard_every(claim.ttl)),
+            in_flight: false,
+            foreign_wait: FOREIGN_LEAST,
+        });
+        queue.claims.insert(claim.id);
+        queue.ttl = queue.ttl.min(claim.ttl);
+        queue.remember(number, sent);
+        let window = alive_for(queue.ttl);
+        let place = table.places.entry(claim.id).or_insert_with(|| Place {
+            ticket: Ticket::new(claim),
+            ttl: claim.ttl,
+            bell: Arc::default(),
+            listeners: 0,
+            heard: sent.boot,
+            news: None,
+        });
+        place.heard = sent.boot;
+        if !matches!(place.news, Some(News::Granted(..))) {
+            place.news = None;
+        }
+        Some(Attempt { number, window })
+    }
+
+    /// Takes in that a presented claim waits in line.
+    pub(super) fn queued(&self, claim: &Claim, attempt: &Attempt, ahead: u64, seen: &Seen) -> Ticket {
+        let now = clock::now();
+        let mut table = self.table();
+        let ticket = Ticket::new(claim).with_session(seen.session).with_ahead(ahead);
+        let ticket = ticket.with_holder(seen.holder.clone());
+        if let Some(place) = table.places.get_mut(&claim.id) {
+            place.ticket = ticket.clone();
+        }
+        if let Some(queue) = table.queues.get_mut(&claim.name) {
+            queue.answered = queue.answered.max(attempt.number);
+            let looks = queue.looks_again(now, ahead, seen);
+            queue.due = queue.due.min(looks);
+        }
+        self.plan(&mut table, &claim.name);
+        ticket
+    }
+
+    /// Starts the serving, unless it goes on already.
+    fn start(&self, table: &mut Table) {
+        if table.planned.is_none() {
+            table.planned = Some(Instant::since_boot(Duration::ZERO));
+            if let Some(start) = self.starter.get() {
+                start();
+            }
+        }
+    }
+
+    /// Rings if a lock is due sooner than planned.
+    fn plan(&self, table: &mut Table, name: &Name) {
+        let Some(due) = table.queues.get(name).map(|queue| queue.due) else { return };
+        self.start(table);
+        if table.planned.is_some_and(|planned| due < planned) {
+            table.planned = Some(due);
+            self.bell.notify_one();
+        }
+    }
+
+    /// Forgets a claim: it waits no more, or holds the lock.
+    pub(super) fn forget(&self, id: ClaimId) {
+        drop(self.table().remove(id));
+    }
+
+    /// Takes in a message: a grant.
+    pub(super) fn pushed(&self, prefix: &[u8], message: &[u8]) {
+        let Some(push) = Push::read(prefix, message) else {
+            return tracing::debug!("a message of an unknown version came and was left alone");
+        };
+        let now = clock::now();
+        let mut table = self.table();
+        let is_news = table.places.get(&push.id).is_some_and(|place| place.is_wanted(now));
+        if !is_news {
+            table.remove(push.id);
+            table.found.push(push.id);
+            table.orphans.insert(push.id, push.name);
+            self.bell.notify_one();
+            return self.start(&mut table);
+        }
+        let Some(queue) = table.queues.get_mut(&push.name) else { return };
+        let sent = queue.sent.iter().rev().find(|(number, _)| *number == push.attempt).map(|(_, sent)| *sent);
+        // Too old to be sure, or too little of it left: asked again, which is a presentation of a known age.
+        let sent = sent.filter(|sent| push.attempt >= queue.answered && now.since(sent.boot) < push.ttl / 2);
+        let Some(sent) = sent else {
+            queue.due = now;
+            return self.plan(&mut table, &push.name);
+        };
+        queue.claims.remove(&push.id);
+        if let Some(place) = table.places.get_mut(&push.id) {
+            let grant = Grant { token: push.token, ttl: push.ttl, session: place.ticket.session };
+            place.tell(News::Granted(grant, sent));
+        }
+    }
+
+    /// The connection broke: messages may be lost, and everybody's place must be confirmed on the next.
+    pub(super) fn disconnected(&self) {
+        let now = clock::now();
+        let mut table = self.table();
+        table.queues.values_mut().for_each(|queue| queue.due = now);
+        if table.planned.is_some() {
+            table.planned = Some(now);
+            self.bell.notify_one();
+        }
+    }
+
+    /// Waits for news of a claim.
+    pub(super) async fn woken(&self, ticket: &Ticket) -> Woken {
+        let bell = {
+            let mut table = self.table();
+            let Some(place) = table.places.get_mut(&ticket.id) else { return Woken::Look };
+            place.listeners += 1;
+            place.bell.clone()
+        };
+        let _listening = Listening { waiting: self, id: ticket.id };
+        loop {
+            if let Some(woken) = self.news(ticket.id) {
+                return woken;
+            }
+            bell.notified().await;
+        }
+    }
+
+    fn news(&self, id: ClaimId) -> Option<Woken> {
+        let mut table = self.table();
+        let Some(place) = table.places.get_mut(&id) else { return Some(Woken::Look) };
+        match place.news.take()? {
+            News::Granted(grant, sent) => {
+                table.remove(id);
+                Some(Woken::Granted { grant, sent })
+            }
+            News::Moved => Some(Woken::Waiting(place.ticket.clone())),
+            News::Look => Some(Woken::Look),
+        }
+    }
+
+    /// What is due now. The caller serves until it is told that there is nothing at all to serve.
+    pub(super) fn collect(&self) -> Work {
+        let sent = clock::look();
+        let now = sent.boot;
+        let mut guard = self.table();
+        let table = &mut *guard;
+        let mut due = Vec::new();
+        for (name, queue) in &mut table.queues {
+            if queue.due > now || queue.in_flight {
+                continue;
+            }
+            // Those that nobody waits for any more are not kept in line.
+            let mut gone = Vec::new();
+            queue.claims.retain(|id| {
+                let wanted = table.places.get(id).is_some_and(|place| place.is_wanted(now));
+                if !wanted {
+                    gone.push(*id);
+                }
+                wanted
+            });
+            for id in gone {
+                if let Some(Place { news: Some(News::Granted(..)), .. }) = table.places.remove(&id) {
+                    table.found.push(id);
+                    table.orphans.insert(id, name.clone());
+                }
+            }
+            if queue.claims.is_empty() {
+                continue;
+            }
+            queue.ttl = queue
+                .claims
+                .iter()
+                .filter_map(|id| table.places.get(id))
+                .map(|place| place.ttl)
+                .min()
+                .unwrap_or(queue.ttl);
+            queue.due = now.plus(heard_every(queue.ttl));
+            queue.in_flight = true;
+            let attempt = Attempt { number: self.next_attempt(), window: alive_for(queue.ttl) };
+            queue.remember(attempt.number, sent);
+            let claims = queue.claims.iter().copied().collect();
+            due.push(Due { name: name.clone(), attempt, sent, claims, ttl: queue.ttl });
+        }
+        table.queues.retain(|_, queue| !queue.claims.is_empty());
+        let orphans = std::mem::take(&mut table.found).into_iter();
+        let orphans: Vec<_> = orphans.filter_map(|id| Some((table.orphans.get(&id)?.clone(), id))).collect();
+        let next = table.queues.values().filter(|queue| !queue.in_flight).map(|queue| queue.due).min();
+        let next = next.unwrap_or(Instant::FAR);
+        let is_idle = table.is_idle();
+        table.planned = Some(next);
+        Work { due, orphans, next, is_idle }
+    }
+
+    /// A grant that nobody waited for was passed on, as far as that could be done.
+    pub(super) fn passed_on(&self, id: ClaimId) {
+        self.table().orphans.remove(&id);
+        self.bell.notify_one();
+    }
+
+    /// Ends the serving, unless somebody came meanwhile.
+    pub(super) fn retire(&self) -> bool {
+        let mut table = self.table();
+        let is_idle = table.is_idle();
+        if is_idle {
+            table.planned = None;
+        }
+        is_idle
+    }
+
+    /// Takes in the answer to what was due: where each claim stands, -1 for not in line.
+    pub(super) fn answered(&self, due: &Due, ranks: &[i64], holding: Option<(ClaimId, Grant)>, seen: &Seen) {
+        let now = clock::now();
+        let mut guard = self.table();
+        let table = &mut *guard;
+        let mut first = u64::MAX;
+        for (id, rank) in due.claims.iter().zip(ranks) {
+            let Some(place) = table.places.get_mut(id) else { continue };
+            match (u64::try_from(*rank), holding) {
+                (_, Some((holder, grant))) if holder == *id => {
+                    // It was handed the lock, and the message got lost; or is still under way.
+                    if let Some(queue) = table.queues.get_mut(&due.name) {
+                        queue.claims.remove(id);
+                    }
+                    if !matches!(place.news, Some(News::Granted(..))) {
+                        place.tell(News::Granted(grant, due.sent));
+                    }
+                }
+                (Ok(ahead), _) => {
+                    first = first.min(ahead);
+                    if place.ticket.ahead() != Some(ahead) {
+                        let ticket = place.ticket.clone().with_ahead(ahead).with_holder(seen.holder.clone());
+                        place.ticket = ticket;
+                        place.tell(News::Moved);
+                    }
+                }
+                (Err(_), _) => place.tell(News::Look),
+            }
+        }
+        if let Some(queue) = table.queues.get_mut(&due.name) {
+            queue.in_flight = false;
+            queue.answered = queue.answered.max(due.attempt.number);
+            queue.due = queue.due.min(queue.looks_again(now, first, seen));
+        }
+        self.plan(table, &due.name);
+    }
+
+    /// Takes in that no answer came: everybody finds out for itself, as if it had just come.
+    pub(super) fn failed(&self, due: &Due) {
+        let mut guard = self.table();
+        let table = &mut *guard;
+        for id in &due.claims {
+            if let Some(place) = table.places.get_mut(id) {
+                place.tell(News::Look);
+            }
+        }
+        if let Some(queue) = table.queues.get_mut(&due.name) {
+            queue.in_flight = false;
+        }
+        self.plan(table, &due.name);
+    }
+}
+
+impl Table {
+    fn is_idle(&self) -> bool {
+        self.queues.is_empty() && self.places.is_empty() && self.orphans.is_empty()
+    }
+
+    fn remove(&mut self, id: ClaimId) -> Option<Place> {
+        let place = self.places.remove(&id)?;
+        let name = &place.ticket.name;
+        if let Some(queue) = self.queues.get_mut(name) {
+            queue.claims.remove(&id);
+            if queue.claims.is_empty() && !queue.in_flight {
+                self.queues.remove(name);
+            }
+        }
+        Some(place)
+    }
+}
+
+impl Queue {
+    fn remember(&mut self, number: u64, sent: Now) {
+        self.sent.push_back((number, sent));
+        if self.sent.len() > REMEMBERED {
+            self.sent.pop_front();
+        }
+    }
+
+    /// When the first of ours, with so many ahead, has reason to look, apart from being heard of.
+    fn looks_again(&mut self, now: Instant, ahead: u64, seen: &Seen) -> Instant {
+        let is_foreign = seen.holder.as_ref().is_none_or(|holder| holder.id.is_none());
+        if is_foreign && ahead == 0 {
+            let wait = self.foreign_wait;
+            self.foreign_wait = (wait * 2).min(FOREIGN_MOST);
+            let ends = seen.left.map_or(Duration::MAX, |left| left + EXPIRY_GRAIN);
+            return now.plus((wait / 2 + clock::jitter(wait / 2)).min(ends));
+        }
+        self.foreign_wait = FOREIGN_LEAST;
+        // Whoever comes later looks later: the first one's look is the only one that a dead holder costs.
+        let place = u32::try_from(ahead).unwrap_or(u32::MAX);
+        seen.left
+            .map_or(Instant::FAR, |left| now.plus(left + EXPIRY_GRAIN).plus(PER_PLACE.saturating_mul(place)))
+    }
+}
+
+/// A task that waits for news of a claim.
+struct Listening<'a> {
+    waiting: &'a Waiting,
+    id: ClaimId,
+}
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        if let Some(place) = self.waiting.table().places.get_mut(&self.id) {
+            place.listeners -= 1;
+            place.heard = clock::now();
+        }
+    }
+}
+
+/// A message: `1 <claim> <token> <ttl ms> <attempt> <lock>`.
+#[derive(Debug, PartialEq, Eq)]
+struct Push {
+    id: ClaimId,
+    token: FencingToken,
+    ttl: Duration,
+    attempt: u64,
+    name: Name,
+}
+
+impl Push {
+    fn read(prefix: &[u8], message: &[u8]) -> Option<Self> {
+        let mut parts = message.splitn(6, |byte| *byte == b' ');
+        let mut text = || std::str::from_utf8(parts.next()?).ok();
+        if text()? != "1" {
+            return None;
+        }
+        let id = ClaimId::parse(text()?)?;
+        let token = FencingToken::new(text()?.parse().ok()?);
+        let ttl = Duration::from_millis(text()?.parse().ok()?);
+        let attempt = text()?.parse().ok()?;
+        let name = Name::new(parts.next()?.strip_prefix(prefix)?).ok()?;
+        Some(Self { id, token, ttl, attempt, name })
+    }
+}
