@@ -512,7 +512,8 @@ fn the_guarantees_are_what_the_server_is_set_to() {
     };
     let plain = look(&[]);
     assert_eq!((plain.fencing, plain.persistence), (Fencing::TimeFloor, Persistence::None));
-    assert_eq!((plain.may_evict, plain.lost_at_failover, plain.fifo), (false, false, false));
+    assert_eq!((plain.may_evict, plain.lost_at_failover, plain.fifo), (false, false, true));
+    assert!(!look(&["--rename-command", "HELLO", ""]).fifo, "who cannot be called does not wait in line");
     assert!(plain.server.contains("Redis ") || plain.server.contains("Valkey "), "{}", plain.server);
     assert_eq!(look(&["--appendonly", "yes"]).persistence, Persistence::Log);
     assert_eq!(look(&["--appendonly", "yes", "--appendfsync", "always"]).persistence, Persistence::Durable);

@@ -264,6 +264,19 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
             "zadd",
             "zrangebyscore",
             "zrem",
+            "append",
+            "setrange",
+            "hincrby",
+            "hset",
+            "hget",
+            "hkeys",
+            "hdel",
+            "zrank",
+            "zrange",
+            "zcard",
+            "publish",
+            "subscribe",
+            "unsubscribe",
         ] {
             cmd::<()>(&mut raw, &format!("ACL SETUSER {name} -{right}"));
             let findings = store.diagnose().await;
@@ -281,6 +294,12 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
             }
             cmd::<()>(&mut raw, &format!("ACL SETUSER {name} +{right}"));
         }
+        cmd::<()>(&mut raw, &format!("ACL SETUSER {name} resetchannels"));
+        assert!(store.diagnose().await.iter().any(|finding| finding.found.contains("channels leasehold:*")));
+        assert!(
+            !self::store(&url).await.unwrap().guarantees().fifo,
+            "who cannot be called does not wait in line"
+        );
         cmd::<()>(&mut raw, &format!("ACL SETUSER {name} resetkeys ~other:*"));
         refused(&store, "a", ErrorKind::Rejected, &name).await;
         assert!(store.diagnose().await.iter().any(|finding| finding.found.contains("leasehold:*")));

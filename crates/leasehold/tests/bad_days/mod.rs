@@ -54,9 +54,9 @@ fn has(command: &Command, part: &str) -> bool {
     command.args.iter().any(|arg| arg.windows(part.len()).any(|window| window == part.as_bytes()))
 }
 
-/// Whether it presents a claim of the lock `name`.
+/// Whether it presents a claim of the lock `name`: it brings the record.
 pub fn acquires(name: &'static str) -> impl Fn(&Command) -> bool + Send + Copy + 'static {
-    move |command| command.is_script() && command.mentions(name) && has(command, "}:fence:")
+    move |command| command.is_script() && command.mentions(name) && has(command, "\"host\"")
 }
 
 /// Whether it renews the lock `name`, perhaps among others.
@@ -64,10 +64,24 @@ pub fn renews(name: &'static str) -> impl Fn(&Command) -> bool + Send + Copy + '
     move |command| command.is_script() && command.mentions(name) && has(command, "leasehold:index:")
 }
 
-/// Whether it releases the lock `name`.
+/// Whether it keeps waiters for the lock `name` in line.
+pub fn refreshes(name: &'static str) -> impl Fn(&Command) -> bool + Send + Copy + 'static {
+    move |command| {
+        command.is_script()
+            && command.mentions(name)
+            && has(command, "leasehold:push:")
+            && !acquires(name)(command)
+    }
+}
+
+/// Whether it releases the lock `name`, or leaves its line: of the rest only these bring the beginning of a value.
 pub fn releases(name: &'static str) -> impl Fn(&Command) -> bool + Send + Copy + 'static {
     move |command| {
-        command.is_script() && command.mentions(name) && !acquires(name)(command) && !renews(name)(command)
+        command.is_script()
+            && command.mentions(name)
+            && command.args.iter().any(|arg| arg.starts_with(b"lh1:"))
+            && !acquires(name)(command)
+            && !renews(name)(command)
     }
 }
 

@@ -35,8 +35,10 @@ pub(super) struct Link {
     /// Set when it broke, by whoever noticed first.
     closed: Arc<AtomicBool>,
     probing: AtomicBool,
-    /// Whether messages can be received at all.
-    pushes: AtomicBool,
+    /// Whether the server speaks the protocol that messages need.
+    can_push: bool,
+    /// Whether it refused to send them.
+    refuses: AtomicBool,
     subscribed: AtomicBool,
     /// Held while the subscription changes.
     subscribing: tokio::sync::Mutex<()>,
@@ -45,6 +47,11 @@ pub(super) struct Link {
 impl Link {
     pub(super) fn is_open(&self) -> bool {
         !self.closed.load(Ordering::Acquire)
+    }
+
+    /// Whether the server speaks the protocol that messages need.
+    pub(super) fn can_push(&self) -> bool {
+        self.can_push
     }
 
     /// Whether the server's messages come over this connection.
@@ -240,7 +247,8 @@ impl Connector {
                 generation,
                 closed,
                 probing: AtomicBool::new(false),
-                pushes: AtomicBool::new(protocol == ProtocolVersion::RESP3),
+                can_push: protocol == ProtocolVersion::RESP3,
+                refuses: AtomicBool::new(false),
                 subscribed: AtomicBool::new(false),
                 subscribing: tokio::sync::Mutex::new(()),
             })
@@ -296,14 +304,14 @@ impl Connector {
         }
         let late = || self.unanswered(link, None);
         let _turn = clock::timeout_at(deadline, link.subscribing.lock()).await.ok_or_else(late)?;
-        if link.is_subscribed() || !link.pushes.load(Ordering::Acquire) {
+        if link.is_subscribed() || !link.can_push || link.refuses.load(Ordering::Acquire) {
             return Ok(link.is_subscribed());
         }
         let subscribe = redis::cmd("SUBSCRIBE").arg(&self.waiting.channel).to_owned();
         match self.send(link, &subscribe, deadline).await? {
             Value::ServerError(error) => {
                 tracing::warn!(store = %self.location, %error, "waiters cannot be called, and ask again instead");
-                link.pushes.store(false, Ordering::Release);
+                link.refuses.store(true, Ordering::Release);
             }
             _ => link.subscribed.store(true, Ordering::Release),
         }

@@ -107,6 +107,34 @@ impl RedisStore {
         ))
     }
 
+    /// Whether waiters can be called: nothing if they can.
+    async fn calls(&self, link: &Arc<Link>) -> Result<Vec<Finding>> {
+        let [subscribe, unsubscribe] = ["SUBSCRIBE", "UNSUBSCRIBE"].map(|verb| {
+            let mut call = redis::cmd(verb);
+            call.arg("leasehold:push:probe");
+            call
+        });
+        let answers = if link.can_push() {
+            let first = self.connector.send(link, &subscribe, self.deadline(None)).await?;
+            let second = self.connector.send(link, &unsubscribe, self.deadline(None)).await?;
+            [("SUBSCRIBE on the channels leasehold:*", first), ("UNSUBSCRIBE", second)]
+        } else {
+            let meaning = "nobody waits in line: who waits asks again, as often as its retry policy says";
+            let found = "the server does not speak RESP3".to_owned();
+            return Ok(vec![Finding::new("waiting", Severity::Warning, found, meaning)]);
+        };
+        let refused = answers.into_iter().filter_map(|(right, answer)| match answer {
+            Value::ServerError(_) => Some(Finding::new(
+                "rights",
+                Severity::Failure,
+                format!("the right is lacking: {right}"),
+                "nobody waits in line without it: who waits asks again, as often as its retry policy says",
+            )),
+            _ => None,
+        });
+        Ok(refused.collect())
+    }
+
     /// Tries each right on keys that nobody uses, which end by themselves.
     async fn rights(&self, link: &Arc<Link>) -> Result<Vec<Finding>> {
         let id = clock::claim_id();
@@ -121,7 +149,7 @@ impl RedisStore {
             calls.add_command(call.clone());
         }
         let answers = self.connector.send_all(link, &calls, self.deadline(None)).await?;
-        let mut findings = Vec::new();
+        let mut findings = self.calls(link).await?;
         for ((right, _), answer) in trials.iter().zip(&answers) {
             let Value::ServerError(error) = answer else { continue };
             let refusal = Refusal::of(error);
@@ -179,6 +207,18 @@ fn trials(lock: &[u8], side: &[u8], index: &[u8]) -> Vec<(&'static str, Cmd)> {
         ("ZADD", call(&[b"ZADD", index, b"0", b"probe"])),
         ("ZRANGEBYSCORE", call(&[b"ZRANGEBYSCORE", index, b"-inf", b"+inf", b"LIMIT", b"0", b"1"])),
         ("ZREM", call(&[b"ZREM", index, b"probe"])),
+        ("APPEND", call(&[b"APPEND", side, b"0"])),
+        ("SETRANGE", call(&[b"SETRANGE", side, b"0", b"0"])),
+        ("DEL", call(&[b"DEL", side])),
+        ("HINCRBY", call(&[b"HINCRBY", side, b"n", b"1"])),
+        ("HSET", call(&[b"HSET", side, b"n", b"1"])),
+        ("HGET", call(&[b"HGET", side, b"n"])),
+        ("HKEYS", call(&[b"HKEYS", side])),
+        ("HDEL", call(&[b"HDEL", side, b"n"])),
+        ("ZRANK", call(&[b"ZRANK", index, b"probe"])),
+        ("ZRANGE", call(&[b"ZRANGE", index, b"0", b"0"])),
+        ("ZCARD", call(&[b"ZCARD", index])),
+        ("PUBLISH on the channels leasehold:*", call(&[b"PUBLISH", b"leasehold:push:probe", b"0"])),
     ]
 }
 

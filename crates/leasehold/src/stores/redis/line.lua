@@ -52,7 +52,9 @@ local function line()
     local tokens, process, window, attempt, limit = match(wish, '^(%d+) (%S+) (%d+) (%d+) (%S+)$')
     local queue, waiters = it.keys(fence)
     local rank = pcall('ZRANK', queue, claim)
-    if type(rank) == 'table' then return redis.error_reply('BADQUEUE line') end
+    if type(rank) == 'table' then
+      return sub(rank.err, 1, 9) == 'WRONGTYPE' and redis.error_reply('BADQUEUE line') or rank
+    end
     if not rank then
       rank = call('ZCARD', queue)
       if limit ~= '-' and rank >= tonumber(limit) then return redis.error_reply('QUEUEFULL ' .. rank) end

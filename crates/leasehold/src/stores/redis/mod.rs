@@ -125,18 +125,26 @@ impl RedisStore {
             return self.present(&keys, claim, ttl, &link, deadline, None).await;
         }
         let mut attempt = self.waiting.present(claim).ok_or_else(|| passing_on())?;
-        let mut in_line = link.is_subscribed();
+        let (mut in_line, mut was_busy) = (link.is_subscribed(), false);
         let answer = loop {
             let wish = in_line.then_some(&attempt);
             let answer = self.present(&keys, claim, ttl, &link, deadline, wish).await;
+            let answer = match (answer, was_busy) {
+                // That somebody else has it is known; whether the claim stands in line it will learn by asking again.
+                (Err(error), true) if error.is_transient() => {
+                    Ok(Acquired::Queued(self.waiting.unsure(claim)))
+                }
+                (answer, _) => answer,
+            };
             // Nobody joins the line who cannot be called. The first to wait on this connection asks for calls.
             if in_line || !matches!(answer, Ok(Acquired::Busy(_))) {
                 break answer;
             }
+            was_busy = true;
             match self.connector.subscribe(&link, deadline).await {
                 Ok(true) => in_line = true,
-                Ok(false) => break answer,
-                Err(error) => break Err(error),
+                // Busy is what it is, whatever became of the calls.
+                Ok(false) | Err(_) => break answer,
             }
             attempt = self.waiting.present(claim).ok_or_else(|| passing_on())?;
         };

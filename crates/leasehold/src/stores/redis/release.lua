@@ -1,9 +1,9 @@
 -- KEYS: the lock of each claim, then their fences, then the tombstones wanted. ARGV: owner of each claim, with a + where a
 -- tombstone is wanted and a w where the claim may wait in line.
--- Answers for each (alone: without a list): 1 released, 0 not held, 2 held by another; or an error.
+-- Answers for each (alone and plain: without a list): 1 released, 0 not held, 2 held by another; or an error.
 local call, pcall, sub = redis.call, redis.pcall, string.sub
 local count = #ARGV
-local tombstones, ended, first = 2 * count, {}, {}
+local ended, first, over = {}, {}, {}
 
 local function give(lock, fence, owner, value)
   local plain = sub(owner, 1, 36)
@@ -22,16 +22,10 @@ local function give(lock, fence, owner, value)
     end
   end
   if waits then line().leave(fence, sub(owner, 5, 36)) end
-  if #owner > 37 and string.find(owner, '+', 38, true) then
-    tombstones = tombstones + 1
-    -- Without its tombstone (memory may be full) a late request could still take the lock: the release is asked for again.
-    local set = pcall('SET', KEYS[tombstones], '', 'PX', 3600000)
-    if set.err then answer = set end
-  end
   return answer
 end
 
-if count == 1 then
+if count == 1 and #ARGV[1] == 37 then
   local answer = give(KEYS[1], KEYS[2], ARGV[1], pcall('GET', KEYS[1]))
   if ended[1] then call('DEL', ended[1]) end
   return answer
@@ -43,6 +37,12 @@ for i = 1, count do
   -- earlier release of this very call.
   if not value or #ARGV[i] > 37 then value = pcall('GET', KEYS[i]) end
   answers[i] = give(KEYS[i], KEYS[count + i], ARGV[i], value)
+  if #ARGV[i] > 37 and string.find(ARGV[i], '+', 38, true) then over[#over + 1] = i end
 end
 if ended[1] then call('DEL', unpack(ended)) end
+for number, i in ipairs(over) do
+  -- Without its tombstone (memory may be full) a late request could still take the lock: the release is asked for again.
+  local set = pcall('SET', KEYS[2 * count + number], '', 'PX', 3600000)
+  if set.err then answers[i] = set end
+end
 return answers

@@ -226,6 +226,15 @@ impl Waiting {
         ticket
     }
 
+    /// Takes in that nobody knows whether a claim stands in line: it is to ask at once. Its presentation belongs to no
+    /// connection that is still good.
+    pub(super) fn unsure(&self, claim: &Claim) -> Ticket {
+        if let Some(place) = self.table().places.get_mut(&claim.id) {
+            place.tell(News::Look);
+        }
+        Ticket::new(claim)
+    }
+
     /// Starts the serving, unless it goes on already.
     fn start(&self, table: &mut Table) {
         if table.planned.is_none() {
