@@ -274,7 +274,7 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
                 .collect();
             assert!(lacking[0].to_lowercase().contains(&format!("lacking: {right}")), "{right}: {lacking:?}");
             assert_eq!(found(&findings, "rights").severity, Severity::Failure);
-            if matches!(right, "evalsha" | "set" | "mget" | "time") {
+            if matches!(right, "evalsha" | "set" | "get" | "exists" | "time") {
                 let error = refused(&store, "a", ErrorKind::Rejected, &name).await;
                 assert!(error.to_string().contains("right"), "{error}");
                 assert!(!format!("{error:?}").contains("hunter2"));
