@@ -1,4 +1,5 @@
--- KEYS: the locks of all claims, then their fences, then their tombstones. ARGV: owner, record and ttl ms of each claim.
+-- KEYS: the locks of all claims, then their fences, then their tombstones. ARGV: the owner of each claim, then the record
+-- of each and the ttl ms of each; or, if those are the same for all, one record and one ttl.
 -- Answers for each (alone: without a list): the token of a new grant, or {value, remaining ms} of what is there already, or
 -- an error.
 local call, pcall = redis.call, redis.pcall
@@ -55,7 +56,9 @@ if count == 1 then
   return take(KEYS[1], KEYS[2], last, gone, ARGV[1], ARGV[2], ARGV[3])
 end
 local seen, answers = call('MGET', unpack(KEYS, count + 1)), {}
+local alike, record, ttl = #ARGV == count + 2, ARGV[count + 1], ARGV[count + 2]
 for i = 1, count do
-  answers[i] = take(KEYS[i], KEYS[count + i], seen[i], seen[count + i], ARGV[3 * i - 2], ARGV[3 * i - 1], ARGV[3 * i])
+  if not alike then record, ttl = ARGV[count + i], ARGV[2 * count + i] end
+  answers[i] = take(KEYS[i], KEYS[count + i], seen[i], seen[count + i], ARGV[i], record, ttl)
 end
 return answers
