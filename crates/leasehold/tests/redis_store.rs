@@ -550,6 +550,13 @@ fn claims_that_go_together_get_each_its_own_answer() {
             let _ = store.release(&Held::unanswered(&gone)).await.unwrap();
             let twin = claim("twin");
             let mut claims: Vec<Claim> = (0..200).map(|number| claim(format!("n{number}"))).collect();
+            if round > 0 {
+                // Each with a record and a TTL of its own: these must not change places.
+                for (number, claim) in (1..).zip(&mut claims) {
+                    claim.record = format!("{{\"pid\":{number}}}").into();
+                    claim.ttl = Duration::from_secs(1_000 * number);
+                }
+            }
             claims.extend([claim("list"), claim("foreign"), gone, twin.clone(), twin]);
             // Ten for one name: exactly one may have it.
             claims.extend((0..10).map(|_| claim("one")));
@@ -579,6 +586,10 @@ fn claims_that_go_together_get_each_its_own_answer() {
                     if name == b"twin" {
                         tokens.push(grant.token);
                     }
+                    let value: String = cmd(&mut raw, &[b"GET", name]);
+                    assert!(value.ends_with(&format!(":{}:{}", grant.token, claim.record)), "{value}");
+                    let left: u64 = cmd(&mut raw, &[b"PTTL", name]);
+                    assert!(claim.ttl - Duration::from_millis(left) < Duration::from_secs(30), "{left} ms");
                     held.push(Held::new(&claim, &grant));
                 }
                 (name, other) => panic!("{}: {other:?}", String::from_utf8_lossy(name)),

@@ -176,6 +176,45 @@ fn calls_of_many_threads_share_one_redial() {
     });
 }
 
+/// How late an answer may be that a timer gives, on a busy machine.
+const SLACK: Duration = Duration::from_millis(250);
+
+#[test]
+fn in_a_crowd_before_a_silent_server_each_is_told_at_its_own_time() {
+    let server = Server::start(&[]);
+    let timeout = Duration::from_millis(800);
+    let url = format!("{}?timeout={}ms", server.url(), timeout.as_millis());
+    let crowd = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    crowd.block_on(async {
+        let store = store(&url).await.unwrap();
+        granted(&store, &claim("first")).await;
+        server.freeze(true);
+        // More than go out at once, spread over half of the time: most of them wait in the queue. Each third has little
+        // patience, a third of its TTL, behind others that have more.
+        let mut waiting = Vec::new();
+        for number in 0..100 {
+            let (store, mut claim) = (store.clone(), claim(&format!("crowd-{number}")));
+            if number % 3 == 0 {
+                claim.ttl = Duration::from_millis(300);
+            }
+            let patience = timeout.min(claim.ttl / 3);
+            waiting.push(tokio::spawn(async move {
+                let began = clock::now();
+                let error = store.acquire(&claim).await.unwrap_err();
+                (error, clock::now().since(began), patience)
+            }));
+            clock::sleep(timeout / 200).await;
+        }
+        for one in waiting {
+            let (error, took, patience) = one.await.unwrap();
+            assert_eq!(error.kind(), ErrorKind::Unknown, "{error}");
+            assert!(error.to_string().contains("no answer came in time"), "{error}");
+            assert!(took >= patience && took < patience + SLACK, "{took:?} instead of {patience:?}");
+        }
+        server.freeze(false);
+    });
+}
+
 #[test]
 fn a_silent_server_costs_one_timeout_and_its_connection_is_given_up() {
     let server = Server::start(&[]);
@@ -287,7 +326,7 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
                 .collect();
             assert!(lacking[0].to_lowercase().contains(&format!("lacking: {right}")), "{right}: {lacking:?}");
             assert_eq!(found(&findings, "rights").severity, Severity::Failure);
-            if matches!(right, "evalsha" | "set" | "mget" | "time") {
+            if matches!(right, "evalsha" | "set" | "get" | "exists" | "time") {
                 let error = refused(&store, "a", ErrorKind::Rejected, &name).await;
                 assert!(error.to_string().contains("right"), "{error}");
                 assert!(!format!("{error:?}").contains("hunter2"));

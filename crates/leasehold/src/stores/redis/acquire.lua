@@ -1,32 +1,31 @@
--- KEYS: the locks of all claims, then their fences, then their tombstones. ARGV: owner, record, ttl ms and wish of each
--- claim; a wish is empty (no waiting, one token), or how many tokens, or that and how to wait: process, ms that it counts
--- as alive, attempt, longest line.
+-- KEYS: the locks of all claims, then their fences. ARGV: the owner of each claim, then the record of each, the ttl ms of
+-- each and the wish of each; or, if those are the same for all, one record, one ttl and one wish. A wish is empty (no
+-- waiting, one token), or how many tokens, or that and how to wait: process, ms that it counts as alive, attempt, longest line.
 -- Answers for each (alone: without a list): the token of a new grant, or {value, remaining ms} of what is there already,
 -- and if it waits in line, {value, remaining ms, how many are ahead}; or an error.
 local call, pcall, sub = redis.call, redis.pcall, string.sub
-local count = #KEYS / 3
+local count = #KEYS / 2
 local time = call('TIME')
-local now, now_text = time[1] * 1000000 + time[2], time[1] .. string.sub('00000' .. time[2], -6)
+local now, now_text = time[1] * 1000000 + time[2], time[1] .. sub('00000' .. time[2], -6)
 local hour = now - now % 3600000000
 
--- The lock was never granted as far as is known, or it has a line: those in line come first.
-local function in_turn(lock, fence, last, owner, record, ttl, wish)
-  local it = line()
-  local last, strange = it.last(fence)
+-- The last token is not known, or is marked: there may be tombstones, or a line that comes first.
+local function in_turn(lock, fence, owner, record, ttl, wish)
+  local it, claim = line(), sub(owner, 5, 36)
+  local last, tail, strange = it.last(fence)
   if strange then return redis.error_reply('BADFENCE token') end
+  if it.is_gone(fence, claim, last, tail) then return redis.error_reply('WITHDRAWN claim') end
   local queue = it.keys(fence)
-  if call('EXISTS', queue) == 0 then return nil, last, ':' end
-  if call('EXISTS', lock) == 0 then
-    local claim = sub(owner, 5, 36)
+  if call('EXISTS', queue) == 1 and call('EXISTS', lock) == 0 then
     if string.find(wish, ' ', 1, true) then
       local rank = it.enqueue(lock, nil, fence, claim, wish, ttl, record)
       if type(rank) == 'table' then return rank end
     end
     -- Nobody there, not even the asker, if a great many before it keep silent: then it need not stand in line.
     if not it.hand_over(lock, fence, claim) then it.leave(fence, claim) end
-    last = it.last(fence)
+    last, tail = it.last(fence)
   end
-  return nil, last, call('EXISTS', queue) == 1 and '!' or ':'
+  return nil, last, it.tail(tail, call('EXISTS', queue) == 1)
 end
 
 local function busy(lock, fence, owner, record, ttl, wish)
@@ -41,13 +40,12 @@ local function busy(lock, fence, owner, record, ttl, wish)
   return answer
 end
 
-local function take(lock, fence, last, gone, owner, record, ttl, wish)
-  if gone then return redis.error_reply('WITHDRAWN claim') end
-  local token, text, tag = now, now_text, ':'
+local function take(lock, fence, last, owner, record, ttl, wish)
+  local token, text, tail = now, now_text, ''
   local number = type(last) == 'string' and tonumber(last)
   if not number then
     local error
-    error, number, tag = in_turn(lock, fence, last, owner, record, ttl, wish)
+    error, number, tail = in_turn(lock, fence, owner, record, ttl, wish)
     if error then return error end
   end
   if number and not (number < now) then
@@ -60,7 +58,10 @@ local function take(lock, fence, last, gone, owner, record, ttl, wish)
     kept_text = string.format('%.0f', stored)
   end
   if not (stored <= 9007199254740991 and token % 1 == 0) then return redis.error_reply('BADFENCE token') end
-  if tag == '!' then owner, kept_text = sub(owner, 1, 36) .. '!', kept_text .. '!' end
+  if tail ~= '' then
+    kept_text = kept_text .. tail
+    if sub(tail, 1, 1) == '!' then owner = sub(owner, 1, 36) .. '!' end
+  end
   local set = pcall('SET', lock, owner .. text .. ':' .. record, 'NX', 'PX', ttl)
   if not set then return busy(lock, fence, owner, record, ttl, wish) end
   if set.err then return set end
@@ -75,7 +76,7 @@ local function take(lock, fence, last, gone, owner, record, ttl, wish)
     if number then
       set = pcall('SET', fence, kept_text, 'PX', kept)
     else
-      -- A key of another type may be shown as none, and NX will not overwrite it.
+      -- MGET shows a key of another type as none, and NX will not overwrite it.
       set = pcall('SET', fence, kept_text, 'NX', 'PX', kept)
     end
   end
@@ -88,12 +89,14 @@ end
 
 if count == 1 then
   -- For one claim GET is cheaper than MGET. Its error says that the key is of another type, or that a right is lacking.
-  local last, gone = pcall('GET', KEYS[2]), call('EXISTS', KEYS[3]) == 1
-  if type(last) == 'table' and string.sub(last.err, 1, 9) ~= 'WRONGTYPE' then return last end
-  return take(KEYS[1], KEYS[2], last, gone, ARGV[1], ARGV[2], ARGV[3], ARGV[4])
+  local last = pcall('GET', KEYS[2])
+  if type(last) == 'table' and sub(last.err, 1, 9) ~= 'WRONGTYPE' then return last end
+  return take(KEYS[1], KEYS[2], last, ARGV[1], ARGV[2], ARGV[3], ARGV[4])
 end
 local seen, answers = call('MGET', unpack(KEYS, count + 1)), {}
+local alike, record, ttl, wish = #ARGV == count + 3, ARGV[count + 1], ARGV[count + 2], ARGV[count + 3]
 for i = 1, count do
-  answers[i] = take(KEYS[i], KEYS[count + i], seen[i], seen[count + i], unpack(ARGV, 4 * i - 3, 4 * i))
+  if not alike then record, ttl, wish = ARGV[count + i], ARGV[2 * count + i], ARGV[3 * count + i] end
+  answers[i] = take(KEYS[i], KEYS[count + i], seen[i], ARGV[i], record, ttl, wish)
 end
 return answers

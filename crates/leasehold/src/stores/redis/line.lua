@@ -1,5 +1,6 @@
 -- The line of waiters, for the scripts that need it; made only where there may be one. docs/protocol.md tells the rest.
--- The fence of a lock that has a line ends in !, and so does the claim id in the lock's value.
+-- The fence of a lock that has a line has a ! after its digits, and the lock's value has one after the claim id. A fence may
+-- go on with ~ and a time in seconds: until then there may be tombstones. A plain fence says that there is neither.
 local function line()
   local call, pcall, match, sub = redis.call, redis.pcall, string.match, string.sub
   local time = call('TIME')
@@ -18,12 +19,41 @@ local function line()
     return before .. ':queue:' .. after, before .. ':waiters:' .. after
   end
 
-  -- The last token, or nothing; and whether the key holds something else.
+  -- The last token, if known; the marks after it; and whether the key holds something else.
   function it.last(fence)
     local last = pcall('GET', fence)
-    if not last then return nil, false end
-    local number = type(last) == 'string' and tonumber(match(last, '^(%d+)!?$'))
-    return number or nil, not number
+    if not last then return nil, '', false end
+    local digits, tail = match(type(last) == 'string' and last or '', '^(%d+)(!?~?%d*)$')
+    return tonumber(digits), tail or '', not digits
+  end
+
+  -- The marks: ! if there is a line, and until when there may be tombstones.
+  function it.tail(tail, has_line)
+    local until_second = match(tail, '~(%d+)')
+    if until_second and until_second * 1000000 <= now then until_second = nil end
+    return (has_line and '!' or '') .. (until_second and '~' .. until_second or '')
+  end
+
+  local function tombstone(fence, claim)
+    local at = string.find(fence, '}:fence:', 1, true)
+    return sub(fence, 1, at) .. ':gone:' .. sub(fence, at + 8) .. ':' .. claim
+  end
+
+  -- Whether a claim was forbidden. Where the last token is not known, its marks are not known either.
+  function it.is_gone(fence, claim, last, tail)
+    if last and it.tail(tail, false) == '' then return false end
+    return call('EXISTS', tombstone(fence, claim)) == 1
+  end
+
+  -- Forbids a claim for an hour, and says so on the fence. Answers an error, or nothing.
+  function it.forbid(fence, claim)
+    local set = pcall('SET', tombstone(fence, claim), '', 'PX', 3600000)
+    if set.err then return set end
+    local last, tail, strange = it.last(fence)
+    if strange then return end
+    local text = whole(last or 0) .. match(tail, '^!?') .. '~' .. whole(math.floor(now / 1000000) + 3601)
+    if last then set = pcall('SET', fence, text, 'KEEPTTL') else set = pcall('SET', fence, text, 'PX', 90000000) end
+    if set.err then return set end
   end
 
   -- Says on the fence and on the lock that there is a line.
@@ -31,11 +61,12 @@ local function line()
     if type(value) == 'string' and sub(value, 1, 4) == 'lh1:' and sub(value, 37, 37) == ':' then
       call('SETRANGE', lock, 36, '!')
     end
-    local last = pcall('GET', fence)
-    if not last then
+    local last, tail, strange = it.last(fence)
+    if strange or sub(tail, 1, 1) == '!' then return end
+    if last then
+      call('SET', fence, whole(last) .. it.tail(tail, true), 'KEEPTTL')
+    else
       call('SET', fence, '0!', 'PX', 90000000)
-    elseif type(last) == 'string' and sub(last, -1) ~= '!' then
-      call('APPEND', fence, '!')
     end
   end
 
@@ -97,7 +128,7 @@ local function line()
   -- the key is as it was, or an earlier waiter's.
   function it.hand_over(lock, fence, asking)
     local queue, waiters = it.keys(fence)
-    local last, strange = it.last(fence)
+    local last, tail, strange = it.last(fence)
     if strange then return end
     local at, looked, deaf, silent = 0, 0, {}, 0
     while looked < 1000 and silent < 16 do
@@ -123,7 +154,8 @@ local function line()
         if last > 9007199254740991 then return end
         local more = call('ZCARD', queue) > 1
         -- The fence first: if there is no memory for the lock, a number is lost and nothing else.
-        local set = pcall('SET', fence, whole(last) .. (more and '!' or ''), 'PX', whole(90000000 + (last - now) / 1000))
+        local kept = whole(90000000 + (last - now) / 1000)
+        local set = pcall('SET', fence, whole(last) .. it.tail(tail, more), 'PX', kept)
         if set.err then return end
         set = pcall('SET', lock, 'lh1:' .. claim .. (more and '!' or ':') .. whole(token) .. ':' .. record, 'PX', ttl)
         if set.err then return end

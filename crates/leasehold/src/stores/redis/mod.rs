@@ -124,7 +124,7 @@ impl RedisStore {
         if !claim.queue {
             return self.present(&keys, claim, ttl, &link, deadline, None).await;
         }
-        let mut attempt = self.waiting.present(claim).ok_or_else(|| passing_on())?;
+        let mut attempt = self.waiting.present(claim).ok_or_else(passing_on)?;
         let (mut in_line, mut was_busy) = (link.is_subscribed(), false);
         let answer = loop {
             let wish = in_line.then_some(&attempt);
@@ -146,7 +146,7 @@ impl RedisStore {
                 // Busy is what it is, whatever became of the calls.
                 Ok(false) | Err(_) => break answer,
             }
-            attempt = self.waiting.present(claim).ok_or_else(|| passing_on())?;
+            attempt = self.waiting.present(claim).ok_or_else(passing_on)?;
         };
         match &answer {
             Ok(Acquired::Queued(_)) => {}
@@ -331,10 +331,9 @@ fn acquire_job(
     ttl: u64,
     attempt: Option<(&str, &Attempt)>,
 ) -> std::io::Result<Job> {
-    let mut job = Job::new(Verb::Acquire, 3 * keys.bound() + claim.record.len() + 160);
+    let mut job = Job::new(Verb::Acquire, 2 * keys.bound() + claim.record.len() + 160);
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
-    job.push(|out| keys.write_gone(claim.id, out))?;
     job.push(|out| out.write_all(&owner(claim.id)))?;
     job.push(|out| out.write_all(claim.record.as_bytes()))?;
     job.push(|out| write!(out, "{ttl}"))?;
@@ -353,7 +352,7 @@ fn acquire_job(
 }
 
 fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool) -> std::io::Result<Job> {
-    let mut job = Job::new(Verb::Release, if forbid { 3 * keys.bound() + 80 } else { 2 * keys.bound() + 40 });
+    let mut job = Job::new(Verb::Release, 2 * keys.bound() + 40);
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
     job.push(|out| {
@@ -363,9 +362,6 @@ fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool) -> std::io::Result<Jo
         }
         if forbid { out.write_all(b"+") } else { Ok(()) }
     })?;
-    if forbid {
-        job.push(|out| keys.write_gone(held.id, out))?;
-    }
     Ok(job)
 }
 

@@ -102,7 +102,9 @@ impl RedisStore {
                 call.write_arg(self.waiting.channel.as_bytes());
                 call.write_arg_fmt(due.attempt.window.as_millis());
                 call.write_arg_fmt(due.attempt.number);
-                claims.iter().for_each(|id| call.write_arg_fmt(id));
+                for id in claims {
+                    call.write_arg_fmt(id);
+                }
                 Ok(call)
             };
             let answer = self.run(&link, deadline, call).await?;

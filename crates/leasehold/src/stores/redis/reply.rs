@@ -216,8 +216,12 @@ fn is_another_version(value: &[u8]) -> bool {
 }
 
 pub(super) fn read_token(text: &[u8]) -> Option<FencingToken> {
-    // A fence ends in ! while others wait.
-    let text = text.strip_suffix(b"!").unwrap_or(text);
+    // A fence has marks after its digits while others wait, or claims are forbidden.
+    let digits = text.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let (text, marks) = text.split_at(digits);
+    if !matches!(marks.first(), None | Some(b'!' | b'~')) {
+        return None;
+    }
     let number = std::str::from_utf8(text).ok()?.parse().ok()?;
     (number > 0 && number <= FencingToken::MAX).then(|| FencingToken::new(number))
 }

@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +14,8 @@ use crate::clock::{self, Instant, Now};
 use crate::store::{Woken, alive_for, heard_every};
 use crate::types::{Claim, ClaimId, FencingToken, Grant, Holder, Name, Ticket};
 
+/// How long an attempt goes on.
+const ATTEMPT_GRAIN: Duration = Duration::from_millis(1);
 /// Presentations whose send time is remembered, for each lock.
 const REMEMBERED: usize = 64;
 /// Between the first in line and the last, how much later each place looks when the holder's time is up.
@@ -30,7 +31,6 @@ const FOREIGN_MOST: Duration = Duration::from_millis(500);
 pub(super) struct Waiting {
     /// The channel on which this process is called, and its name in every line.
     pub(super) channel: String,
-    attempts: AtomicU64,
     table: Mutex<Table>,
     /// Rung when something is due sooner than planned.
     pub(super) bell: Notify,
@@ -68,6 +68,8 @@ struct Table {
     found: Vec<ClaimId>,
     /// Until when the task that serves sleeps; `None` if none runs.
     planned: Option<Instant>,
+    /// The latest attempt, and a moment before anything of it was sent.
+    attempt: Option<(u64, Now)>,
 }
 
 /// The waiters for one lock.
@@ -157,7 +159,6 @@ impl Waiting {
     pub(super) fn new() -> Self {
         Self {
             channel: format!("leasehold:push:{}", clock::claim_id()),
-            attempts: AtomicU64::new(0),
             table: Mutex::default(),
             bell: Notify::new(),
             starter: Starter::default(),
@@ -168,15 +169,12 @@ impl Waiting {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn next_attempt(&self) -> u64 {
-        self.attempts.fetch_add(1, Ordering::Relaxed) + 1
-    }
-
     /// Notes that a claim is about to be presented, to wait in line if need be. `None` if its grant came when nobody
     /// waited for it, and is being passed on just now: that must have ended first.
     pub(super) fn present(&self, claim: &Claim) -> Option<Attempt> {
-        let (number, sent) = (self.next_attempt(), clock::look());
+        let sent = clock::look();
         let mut table = self.table();
+        let (number, sent) = table.attempt(sent, ATTEMPT_GRAIN);
         if table.orphans.contains_key(&claim.id) {
             return None;
         }
@@ -337,6 +335,7 @@ impl Waiting {
         let now = sent.boot;
         let mut guard = self.table();
         let table = &mut *guard;
+        let (number, sent) = table.attempt(sent, Duration::ZERO);
         let mut due = Vec::new();
         for (name, queue) in &mut table.queues {
             if queue.due > now || queue.in_flight {
@@ -369,7 +368,7 @@ impl Waiting {
                 .unwrap_or(queue.ttl);
             queue.due = now.plus(heard_every(queue.ttl));
             queue.in_flight = true;
-            let attempt = Attempt { number: self.next_attempt(), window: alive_for(queue.ttl) };
+            let attempt = Attempt { number, window: alive_for(queue.ttl) };
             queue.remember(attempt.number, sent);
             let claims = queue.claims.iter().copied().collect();
             due.push(Due { name: name.clone(), attempt, sent, claims, ttl: queue.ttl });
@@ -454,6 +453,15 @@ impl Waiting {
 }
 
 impl Table {
+    /// The number of an attempt sent at `sent`: the latest one's, if that began within `grain` before. What goes together
+    /// then reads alike; that its leases count from a little earlier costs nothing.
+    fn attempt(&mut self, sent: Now, grain: Duration) -> (u64, Now) {
+        match self.attempt {
+            Some((number, began)) if sent.boot.since(began.boot) < grain => (number, began),
+            latest => *self.attempt.insert((latest.map_or(1, |(number, _)| number + 1), sent)),
+        }
+    }
+
     fn is_idle(&self) -> bool {
         self.queues.is_empty() && self.places.is_empty() && self.orphans.is_empty()
     }
@@ -473,6 +481,9 @@ impl Table {
 
 impl Queue {
     fn remember(&mut self, number: u64, sent: Now) {
+        if self.sent.back().is_some_and(|(latest, _)| *latest == number) {
+            return;
+        }
         self.sent.push_back((number, sent));
         if self.sent.len() > REMEMBERED {
             self.sent.pop_front();
