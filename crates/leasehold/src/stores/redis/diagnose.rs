@@ -121,7 +121,7 @@ impl RedisStore {
         } else {
             let meaning = "nobody waits in line: who waits asks again, as often as its retry policy says";
             let found = "the server does not speak RESP3".to_owned();
-            return Ok(vec![Finding::new("waiting", Severity::Warning, found, meaning)]);
+            return Ok(vec![Finding::new("waiting", Severity::Note, found, meaning)]);
         };
         let refused = answers.into_iter().filter_map(|(right, answer)| match answer {
             Value::ServerError(_) => Some(Finding::new(
