@@ -1,52 +1,28 @@
 -- KEYS: the locks of all claims, then their fences. ARGV: the owner of each claim, then the record of each, the ttl ms of
 -- each and the wish of each; or, if those are the same for all, one record, one ttl and one wish. A wish is empty (no
--- waiting, one token), or how many tokens, or that and how to wait: process, ms that it counts as alive, attempt, longest line.
+-- waiting, one token), or how many tokens, or that and how to wait: process, ms that it counts as alive, attempt, longest line
+-- or -, and an a if it may stand in line already.
 -- Answers for each (alone: without a list): the token of a new grant, or {value, remaining ms} of what is there already,
--- and if it waits in line, {value, remaining ms, how many are ahead}; or an error.
+-- and if it waits in line, {value, remaining ms, how many are ahead, since when in us}; or an error.
 local call, pcall, sub = redis.call, redis.pcall, string.sub
 local count = #KEYS / 2
 local time = call('TIME')
 local now, now_text = time[1] * 1000000 + time[2], time[1] .. sub('00000' .. time[2], -6)
 local hour = now - now % 3600000000
 
--- The last token is not known, or is marked: there may be tombstones, or a line that comes first.
-local function in_turn(lock, fence, owner, record, ttl, wish)
-  local it, claim = line(), sub(owner, 5, 36)
-  local last, tail, strange = it.last(fence)
-  if strange then return redis.error_reply('BADFENCE token') end
-  if it.is_gone(fence, claim, last, tail) then return redis.error_reply('WITHDRAWN claim') end
-  local queue = it.keys(fence)
-  if call('EXISTS', queue) == 1 and call('EXISTS', lock) == 0 then
-    if string.find(wish, ' ', 1, true) then
-      local rank = it.enqueue(lock, nil, fence, claim, wish, ttl, record)
-      if type(rank) == 'table' then return rank end
-    end
-    -- Nobody there, not even the asker, if a great many before it keep silent: then it need not stand in line.
-    if not it.hand_over(lock, fence, claim) then it.leave(fence, claim) end
-    last, tail = it.last(fence)
-  end
-  return nil, last, it.tail(tail, call('EXISTS', queue) == 1)
-end
-
-local function busy(lock, fence, owner, record, ttl, wish)
-  local value = pcall('GET', lock)
-  if type(value) ~= 'string' then return redis.error_reply('WRONGTYPE lock') end
-  local answer = {sub(value, 1, 4300), call('PTTL', lock)}
-  if sub(value, 1, 36) ~= sub(owner, 1, 36) and string.find(wish, ' ', 1, true) then
-    local rank = line().enqueue(lock, value, fence, sub(owner, 5, 36), wish, ttl, record)
-    if type(rank) == 'table' then return rank end
-    answer[3] = rank
-  end
-  return answer
-end
-
 local function take(lock, fence, last, owner, record, ttl, wish)
   local token, text, tail = now, now_text, ''
   local number = type(last) == 'string' and tonumber(last)
+  local value, claim
   if not number then
     local error
-    error, number, tail = in_turn(lock, fence, owner, record, ttl, wish)
-    if error then return error end
+    claim, value = sub(owner, 5, 36), pcall('GET', lock)
+    -- In the common case of a line somebody has the lock, and this claim is no late one: tombstones are marked.
+    if not (value and type(last) == 'string' and string.find(last, '^%d+!$')) then
+      error, number, tail = line('in turn', now_text, lock, fence, claim, value, wish, ttl, record)
+      if error then return error end
+      value = value or pcall('GET', lock)
+    end
   end
   if number and not (number < now) then
     token = number + 1
@@ -62,8 +38,19 @@ local function take(lock, fence, last, owner, record, ttl, wish)
     kept_text = kept_text .. tail
     if sub(tail, 1, 1) == '!' then owner = sub(owner, 1, 36) .. '!' end
   end
-  local set = pcall('SET', lock, owner .. text .. ':' .. record, 'NX', 'PX', ttl)
-  if not set then return busy(lock, fence, owner, record, ttl, wish) end
+  local set = not value and pcall('SET', lock, owner .. text .. ':' .. record, 'NX', 'PX', ttl)
+  if not set then
+    -- Somebody has it.
+    value = value or pcall('GET', lock)
+    if type(value) ~= 'string' then return redis.error_reply('WRONGTYPE lock') end
+    local answer = {sub(value, 1, 4300), call('PTTL', lock)}
+    if sub(value, 1, 36) ~= sub(owner, 1, 36) and string.find(wish, ' ', 1, true) then
+      local ahead, since = line('enqueue', now_text, lock, fence, sub(owner, 5, 36), value, wish, ttl, record)
+      if type(ahead) == 'table' then return ahead end
+      answer[3], answer[4] = ahead, since
+    end
+    return answer
+  end
   if set.err then return set end
   if number and number - number % 3600000000 == hour and #ttl <= 7 then
     -- 25 hours, renewed by the first grant of each hour, are 24 at least; keeping what is set is cheaper.

@@ -1,5 +1,5 @@
 -- KEYS: lock and fence of each lock. ARGV: the most waiters to list.
--- Answers: TIME in us, then of each lock: value, remaining ms, last token, how many wait, and a list of claims and entries.
+-- Answers: TIME in us, then of each lock: value, remaining ms, last token, how many wait, and the entries of the first.
 local most = tonumber(ARGV[1])
 local time = redis.call('TIME')
 local out = {time[1] * 1000000 + time[2]}
@@ -12,17 +12,12 @@ for i = 1, #KEYS, 2 do
   out[#out + 1] = value
   out[#out + 1] = redis.call('PTTL', KEYS[i])
   out[#out + 1] = fence
-  local it = line()
-  local queue, waiters = it.keys(KEYS[i + 1])
-  local waiting = redis.pcall('ZCARD', queue)
-  out[#out + 1] = type(waiting) == 'number' and waiting or 0
-  local listed = {}
-  if most > 0 and type(waiting) == 'number' and waiting > 0 then
-    for _, claim in ipairs(redis.call('ZRANGE', queue, 0, most - 1)) do
-      listed[#listed + 1] = claim
-      listed[#listed + 1] = redis.call('HGET', waiters, 'c' .. claim) or ''
-    end
-  end
-  out[#out + 1] = listed
+  local at = string.find(KEYS[i + 1], '}:fence:', 1, true)
+  local before, after = string.sub(KEYS[i + 1], 1, at), string.sub(KEYS[i + 1], at + 8)
+  local queue = before .. ':queue:' .. after
+  local waiting = redis.pcall('LLEN', queue)
+  waiting = type(waiting) == 'number' and waiting or 0
+  out[#out + 1] = waiting
+  out[#out + 1] = most > 0 and waiting > 0 and redis.call('LRANGE', queue, 0, most - 1) or {}
 end
 return out

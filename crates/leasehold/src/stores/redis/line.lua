@@ -1,181 +1,219 @@
--- The line of waiters, for the scripts that need it; made only where there may be one. docs/protocol.md tells the rest.
+-- What concerns waiters, for the scripts that need it: docs/protocol.md tells the states and messages. One function, whose
+-- branches cost nothing until they are taken. `text` is the time in us, if it was asked for already.
 -- The fence of a lock that has a line has a ! after its digits, and the lock's value has one after the claim id. A fence may
 -- go on with ~ and a time in seconds: until then there may be tombstones. A plain fence says that there is neither.
-local function line()
+local function line(what, text, lock, fence, claim, value, wish, ttl, record)
   local call, pcall, match, sub = redis.call, redis.pcall, string.match, string.sub
-  local time = call('TIME')
-  local now = time[1] * 1000000 + time[2]
-  local function whole(number) return string.format('%.0f', number) end
-  local function field(waiters, name)
-    local text = pcall('HGET', waiters, name)
-    return type(text) == 'string' and text or ''
+  local at = string.find(fence, '}:fence:', 1, true)
+  local before, after = sub(fence, 1, at), sub(fence, at + 8)
+  -- The line, a list of `1 <claim> <process> <ttl ms> <tokens> <since us> <record>`; and when each process was heard of, a
+  -- hash of `<us> <ms that it counts as alive> <attempt>`.
+  local queue, alive = before .. ':queue:' .. after, before .. ':alive:' .. after
+  if not text then
+    local time = call('TIME')
+    text = time[1] .. sub('00000' .. time[2], -6)
   end
-  local it = {}
-
-  -- The queue (a sorted set of claims in the order of arrival), and what is known of the waiters (a hash).
-  function it.keys(fence)
-    local at = string.find(fence, '}:fence:', 1, true)
-    local before, after = sub(fence, 1, at), sub(fence, at + 8)
-    return before .. ':queue:' .. after, before .. ':waiters:' .. after
-  end
+  local now = tonumber(text)
 
   -- The last token, if known; the marks after it; and whether the key holds something else.
-  function it.last(fence)
+  local function last_token()
     local last = pcall('GET', fence)
     if not last then return nil, '', false end
-    local digits, tail = match(type(last) == 'string' and last or '', '^(%d+)(!?~?%d*)$')
-    return tonumber(digits), tail or '', not digits
+    local digits, marks = match(type(last) == 'string' and last or '', '^(%d+)(!?~?%d*)$')
+    return tonumber(digits), marks or '', not digits
   end
-
-  -- The marks: ! if there is a line, and until when there may be tombstones.
-  function it.tail(tail, has_line)
-    local until_second = match(tail, '~(%d+)')
-    if until_second and until_second * 1000000 <= now then until_second = nil end
-    return (has_line and '!' or '') .. (until_second and '~' .. until_second or '')
+  -- The marks as they are to be now: ! if there is a line, and until when there may be tombstones.
+  local function marks_of(marks, has_line)
+    local ends = marks ~= '' and match(marks, '~(%d+)')
+    if ends and ends * 1000000 > now then return (has_line and '!~' or '~') .. ends end
+    return has_line and '!' or ''
   end
-
-  local function tombstone(fence, claim)
-    local at = string.find(fence, '}:fence:', 1, true)
-    return sub(fence, 1, at) .. ':gone:' .. sub(fence, at + 8) .. ':' .. claim
-  end
-
-  -- Whether a claim was forbidden. Where the last token is not known, its marks are not known either.
-  function it.is_gone(fence, claim, last, tail)
-    if last and it.tail(tail, false) == '' then return false end
-    return call('EXISTS', tombstone(fence, claim)) == 1
-  end
-
-  -- Forbids a claim for an hour, and says so on the fence. Answers an error, or nothing.
-  function it.forbid(fence, claim)
-    local set = pcall('SET', tombstone(fence, claim), '', 'PX', 3600000)
-    if set.err then return set end
-    local last, tail, strange = it.last(fence)
-    if strange then return end
-    local text = whole(last or 0) .. match(tail, '^!?') .. '~' .. whole(math.floor(now / 1000000) + 3601)
-    if last then set = pcall('SET', fence, text, 'KEEPTTL') else set = pcall('SET', fence, text, 'PX', 90000000) end
-    if set.err then return set end
-  end
-
-  -- Says on the fence and on the lock that there is a line.
-  local function mark(lock, value, fence)
-    if type(value) == 'string' and sub(value, 1, 4) == 'lh1:' and sub(value, 37, 37) == ':' then
-      call('SETRANGE', lock, 36, '!')
-    end
-    local last, tail, strange = it.last(fence)
-    if strange or sub(tail, 1, 1) == '!' then return end
-    if last then
-      call('SET', fence, whole(last) .. it.tail(tail, true), 'KEEPTTL')
-    else
-      call('SET', fence, '0!', 'PX', 90000000)
+  local function whole(number) return string.format('%.0f', number) end
+  -- Where a claim stands, counted from 0, and its entry.
+  local function find(wanted)
+    local entries = pcall('LRANGE', queue, 0, -1)
+    for i = 1, #entries do
+      if sub(entries[i], 3, 34) == wanted then return i - 1, entries[i] end
     end
   end
 
-  -- A process was heard of, with this presentation as its latest. Side keys outlive no process by much.
-  local function hear(queue, waiters, process, window, attempt)
-    call('HSET', waiters, 'p' .. process, whole(now + window * 1000) .. ' ' .. attempt)
-    local kept = math.max(60000, window * 4)
-    call('PEXPIRE', queue, kept)
-    call('PEXPIRE', waiters, kept)
-  end
-
-  -- Puts a claim in line, or finds it there. Answers how many are ahead, or an error.
-  function it.enqueue(lock, value, fence, claim, wish, ttl, record)
-    local tokens, process, window, attempt, limit = match(wish, '^(%d+) (%S+) (%d+) (%d+) (%S+)$')
-    local queue, waiters = it.keys(fence)
-    local rank = pcall('ZRANK', queue, claim)
-    if type(rank) == 'table' then
-      return sub(rank.err, 1, 9) == 'WRONGTYPE' and redis.error_reply('BADQUEUE line') or rank
+  if what == 'enqueue' then
+    -- Puts a claim in line behind whoever has the lock (its value is given), or finds it there. Answers how many are ahead
+    -- and since when it stands there; or an error.
+    local tokens, process, window, attempt, limit, again = match(wish, '^(%d+) (%S+) (%d+) (%d+) (%S+)( ?a?)$')
+    local ahead, since = nil, text
+    if again ~= '' then
+      local entry
+      ahead, entry = find(claim)
+      if ahead then since = match(entry, '^1 %x+ %S+ %d+ %d+ (%d+)') end
     end
-    if not rank then
-      rank = call('ZCARD', queue)
-      if limit ~= '-' and rank >= tonumber(limit) then return redis.error_reply('QUEUEFULL ' .. rank) end
-      local number = pcall('HINCRBY', waiters, 'n', 1)
-      if type(number) == 'table' then return number end
-      if tonumber(ttl) > 30000 then ttl = '30000' end
-      call('HSET', waiters, 'c' .. claim, table.concat({'1', process, ttl, tokens, whole(now), record}, ' '))
-      call('ZADD', queue, number, claim)
-      mark(lock, value, fence)
-    end
-    hear(queue, waiters, process, window, attempt)
-    return rank
-  end
-
-  -- Hears of a process's waiters again, and hands a free lock on. Answers where each of the claims stands: -1 is not in line.
-  function it.refresh(lock, fence, process, window, attempt, claims)
-    local queue, waiters = it.keys(fence)
-    local ranks = {}
-    local there = call('EXISTS', queue) == 1
-    if there then
-      hear(queue, waiters, process, window, attempt)
-      local value = pcall('GET', lock)
-      if not value then it.hand_over(lock, fence) else mark(lock, value, fence) end
-    end
-    for i, claim in ipairs(claims) do ranks[i] = there and call('ZRANK', queue, claim) or -1 end
-    return ranks
-  end
-
-  -- Takes a claim out of the line.
-  function it.leave(fence, claim)
-    local queue, waiters = it.keys(fence)
-    local left = pcall('ZREM', queue, claim)
-    if left ~= 1 then return end
-    call('HDEL', waiters, 'c' .. claim)
-    if call('EXISTS', queue) == 0 then call('DEL', waiters) end
-  end
-
-  -- Hands the lock, whose key is free or the caller's to overwrite, to the first in line who can be reached. The claim
-  -- `asking`, if any, is being presented in this very call and needs no message. Answers the claim, or nothing: then
-  -- the key is as it was, or an earlier waiter's.
-  function it.hand_over(lock, fence, asking)
-    local queue, waiters = it.keys(fence)
-    local last, tail, strange = it.last(fence)
-    if strange then return end
-    local at, looked, deaf, silent = 0, 0, {}, 0
-    while looked < 1000 and silent < 16 do
-      looked = looked + 1
-      local claim = pcall('ZRANGE', queue, at, at)[1]
-      if not claim then break end
-      local entry = field(waiters, 'c' .. claim)
-      local process, ttl, tokens, record = match(entry, '^1 (%S+) (%d+) (%d+) %d+ (.*)$')
-      local heard, attempt = nil, '0'
-      if process then heard, attempt = match(field(waiters, 'p' .. process), '^(%d+) (%d+)$') end
-      if entry ~= '' and not process then
-        -- Of a version that we do not know: left to those who do.
-        at = at + 1
-      elseif claim ~= asking and not (heard and tonumber(heard) > now) then
-        call('ZREM', queue, claim)
-        call('HDEL', waiters, 'c' .. claim)
-      elseif claim ~= asking and deaf[process] then
-        at = at + 1
-      else
-        local token = now
-        if last and last >= now then token = last + 1 end
-        last = token + tokens - 1
-        if last > 9007199254740991 then return end
-        local more = call('ZCARD', queue) > 1
-        -- The fence first: if there is no memory for the lock, a number is lost and nothing else.
-        local kept = whole(90000000 + (last - now) / 1000)
-        local set = pcall('SET', fence, whole(last) .. it.tail(tail, more), 'PX', kept)
-        if set.err then return end
-        set = pcall('SET', lock, 'lh1:' .. claim .. (more and '!' or ':') .. whole(token) .. ':' .. record, 'PX', ttl)
-        if set.err then return end
-        local reached = claim == asking
-        if not reached then
-          local heard_by = pcall('PUBLISH', process, table.concat({'1', claim, whole(token), ttl, attempt, lock}, ' '))
-          reached = type(heard_by) == 'number' and heard_by > 0
+    if not ahead then
+      local length = limit ~= '-' and pcall('LLEN', queue)
+      if type(length) == 'number' and length >= tonumber(limit) then return redis.error_reply('QUEUEFULL ' .. length) end
+      if #ttl > 5 or tonumber(ttl) > 30000 then ttl = '30000' end
+      local entry = '1 ' .. claim .. ' ' .. process .. ' ' .. ttl .. ' ' .. tokens .. ' ' .. text .. ' ' .. record
+      length = pcall('RPUSH', queue, entry)
+      if type(length) == 'table' then
+        return sub(length.err, 1, 9) == 'WRONGTYPE' and redis.error_reply('BADQUEUE line') or length
+      end
+      ahead = length - 1
+      if ahead == 0 or not value or sub(value, 37, 37) ~= '!' then
+        if value and sub(value, 1, 4) == 'lh1:' and sub(value, 37, 37) == ':' then call('SETRANGE', lock, 36, '!') end
+        local last, marks, strange = last_token()
+        if last then
+          if sub(marks, 1, 1) ~= '!' then call('SET', fence, whole(last) .. marks_of(marks, true), 'KEEPTTL') end
+        elseif not strange then
+          call('SET', fence, '0!', 'PX', 90000000)
         end
-        if reached then
-          call('ZREM', queue, claim)
-          if more then call('HDEL', waiters, 'c' .. claim) else call('DEL', waiters) end
-          return claim
-        end
-        -- Nobody listens just now, but it may come back: it keeps its place, and the next one is tried.
-        deaf[process], at, silent = true, at + 1, silent + 1
-        call('DEL', lock)
       end
     end
-    if call('EXISTS', queue) == 0 then call('DEL', waiters) end
+    local heard = pcall('HSET', alive, 'p' .. process, text .. ' ' .. window .. ' ' .. attempt)
+    if type(heard) == 'table' then return redis.error_reply('BADQUEUE line') end
+    if ahead == 0 then
+      -- Nothing of it outlives its processes by much; a process that is heard of again makes it last.
+      local kept = math.max(60000, window * 4)
+      call('PEXPIRE', queue, kept)
+      call('PEXPIRE', alive, kept)
+    end
+    return ahead, since
   end
 
-  return it
+  if what == 'hand over' then
+    -- Hands the lock, whose key is free or the caller's to overwrite, to the first in line who can be reached. The claim,
+    -- if one is given, is being presented in this very call and needs no message. Answers the claim that has it, or
+    -- nothing: then the key is as it was, or gone.
+    local last, marks, strange = last_token()
+    if strange then return end
+    local looked, silent, deaf, kept, winner = 0, 0, {}, {}, nil
+    while not winner and looked < 1000 and silent < 16 do
+      looked = looked + 1
+      local entry = pcall('LPOP', queue)
+      if type(entry) ~= 'string' then break end
+      local first, process, lease, tokens, theirs = match(entry, '^1 (%x+) (%S+) (%d+) (%d+) %d+ (.*)$')
+      local heard = process and pcall('HGET', alive, 'p' .. process)
+      local since, window, attempt = match(type(heard) == 'string' and heard or '', '^(%d+) (%d+) (%d+)$')
+      if not process or (deaf[process] and first ~= claim) then
+        -- Of a version that we do not know, and left to those who do; or known not to listen.
+        kept[#kept + 1] = entry
+      elseif first == claim or (since and since + window * 1000 > now) then
+        local token, token_text = now, text
+        if last and last >= now then token, token_text = last + 1, whole(last + 1) end
+        local same_hour = last and last - last % 3600000000 == now - now % 3600000000
+        last = token + tokens - 1
+        local more = kept[1] ~= nil or call('LLEN', queue) > 0
+        local fence_text = (tokens == '1' and token_text or whole(last)) .. marks_of(marks, more)
+        local set
+        -- The fence first: if there is no memory for the lock, a number is lost and nothing else.
+        if last > 9007199254740991 then
+          set = {err = 'used up'}
+        elseif same_hour and last <= now + 3600000000 then
+          set = pcall('SET', fence, fence_text, 'KEEPTTL')
+        else
+          set = pcall('SET', fence, fence_text, 'PX', whole(90000000 + (last - now) / 1000))
+        end
+        if not set.err then
+          local mark = more and '!' or ':'
+          set = pcall('SET', lock, 'lh1:' .. first .. mark .. token_text .. ':' .. theirs, 'PX', lease)
+        end
+        if set.err then
+          kept[#kept + 1] = entry
+          break
+        end
+        local reached = first == claim
+        if not reached then
+          local grant = '1 ' .. first .. ' ' .. token_text .. ' ' .. lease .. ' ' .. attempt .. ' ' .. lock
+          local ears = pcall('PUBLISH', process, grant)
+          reached = type(ears) == 'number' and ears > 0
+        end
+        if reached then
+          winner = first
+          if not more then call('DEL', alive) end
+        else
+          -- Nobody listens just now, but it may come back: it keeps its place, and the next one is tried.
+          deaf[process], silent = true, silent + 1
+          kept[#kept + 1] = entry
+          call('DEL', lock)
+        end
+      end
+    end
+    for i = #kept, 1, -1 do call('LPUSH', queue, kept[i]) end
+    if kept[1] then
+      local ends = call('PTTL', alive)
+      call('PEXPIRE', queue, ends > 0 and ends or 60000)
+    elseif not winner then
+      call('DEL', alive)
+    end
+    return winner
+  end
+
+  if what == 'in turn' then
+    -- The last token is not known, or is marked: there may be tombstones, or a line that comes first. Answers an error, or
+    -- the last token and its marks.
+    local last, marks, strange = last_token()
+    if strange then return redis.error_reply('BADFENCE token') end
+    local tombstone = before .. ':gone:' .. after .. ':' .. claim
+    if not (last and marks_of(marks, false) == '') and call('EXISTS', tombstone) == 1 then
+      return redis.error_reply('WITHDRAWN claim')
+    end
+    local has_line = call('EXISTS', queue) == 1
+    if has_line and not value then
+      if string.find(wish, ' ', 1, true) then
+        local ahead = line('enqueue', text, lock, fence, claim, nil, wish, ttl, record)
+        if type(ahead) == 'table' then return ahead end
+      end
+      -- Nobody there, not even the asker, if a great many before it keep silent: then it need not stand in line.
+      if not line('hand over', text, lock, fence, claim) then line('leave', text, lock, fence, claim) end
+      last, marks = last_token()
+      has_line = call('EXISTS', queue) == 1
+    end
+    return nil, last, marks_of(marks, has_line)
+  end
+
+  if what == 'leave' then
+    -- Takes a claim out of the line; its entry, if that is known, is given as the value.
+    local entry = value
+    if not entry then
+      local _, found = find(claim)
+      entry = found
+    end
+    if entry and call('LREM', queue, 1, entry) > 0 and call('EXISTS', queue) == 0 then call('DEL', alive) end
+    return
+  end
+
+  if what == 'forbid' then
+    -- Forbids a claim for an hour, and says so on the fence. Answers an error, or nothing.
+    local set = pcall('SET', before .. ':gone:' .. after .. ':' .. claim, '', 'PX', 3600000)
+    if set.err then return set end
+    local last, marks, strange = last_token()
+    if strange then return end
+    local ends = '~' .. whole(math.floor(now / 1000000) + 3601)
+    local marked = whole(last or 0) .. (sub(marks, 1, 1) == '!' and '!' or '') .. ends
+    if last then set = pcall('SET', fence, marked, 'KEEPTTL') else set = pcall('SET', fence, marked, 'PX', 90000000) end
+    return set.err and set or nil
+  end
+
+  -- 'refresh': a process is heard of, and a free lock handed on. `wish` is process, ms that it counts as alive, attempt; the
+  -- claims follow in a list as `record`. Answers how many are ahead of each; -1 is not in line.
+  local ranks, there = {}, call('EXISTS', queue) == 1
+  if there then
+    local process, window, attempt = match(wish, '^(%S+) (%d+) (%d+)$')
+    call('HSET', alive, 'p' .. process, text .. ' ' .. window .. ' ' .. attempt)
+    local kept = math.max(60000, window * 4)
+    call('PEXPIRE', queue, kept)
+    call('PEXPIRE', alive, kept)
+    if not value then
+      line('hand over', text, lock, fence)
+    elseif sub(value, 1, 4) == 'lh1:' and sub(value, 37, 37) == ':' then
+      call('SETRANGE', lock, 36, '!')
+    end
+    local entries = call('LRANGE', queue, 0, -1)
+    for i = 1, #entries do ranks[sub(entries[i], 3, 34)] = i - 1 end
+    local last, marks, strange = last_token()
+    if entries[1] and not strange and sub(marks, 1, 1) ~= '!' then
+      local marked = whole(last or 0) .. marks_of(marks, true)
+      if last then call('SET', fence, marked, 'KEEPTTL') else call('SET', fence, marked, 'PX', 90000000) end
+    end
+  end
+  for i = 1, #record do record[i] = ranks[record[i]] or -1 end
+  return record
 end

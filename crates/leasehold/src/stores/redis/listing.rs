@@ -130,12 +130,15 @@ fn read_views(names: &[Name], answer: &Value) -> Option<Vec<LockView>> {
     names.iter().zip(rest.chunks_exact(5)).map(|(name, parts)| read_view(name, parts, *now)).collect()
 }
 
-/// A claim and its entry, `1 <process> <ttl ms> <tokens> <since us> <record>`.
-fn read_waiter(pair: &[Value]) -> Option<Waiter> {
-    let [Value::BulkString(claim), Value::BulkString(entry)] = pair else { return None };
-    let id = ClaimId::parse(std::str::from_utf8(claim).ok()?)?;
-    let mut parts = entry.splitn(6, |byte| *byte == b' ');
-    let since = parts.nth(4).and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
+/// An entry of the line: `1 <claim> <process> <ttl ms> <tokens> <since us> <record>`.
+fn read_waiter(entry: &Value) -> Option<Waiter> {
+    let Value::BulkString(entry) = entry else { return None };
+    let mut parts = entry.splitn(7, |byte| *byte == b' ');
+    let mut text = |skip| std::str::from_utf8(parts.nth(skip)?).ok();
+    if text(0)? != "1" {
+        return None;
+    }
+    let (id, since) = (ClaimId::parse(text(0)?)?, text(3)?.parse().ok());
     Some(Waiter::new(id, since, parts.next().and_then(Record::decode)))
 }
 
@@ -148,7 +151,7 @@ fn read_view(name: &Name, parts: &[Value], now: i64) -> Option<LockView> {
         view.last_token = reply::read_token(text);
     }
     view.waiters = u64::try_from(*waiters).unwrap_or(0);
-    view.queue = queue.chunks_exact(2).filter_map(read_waiter).collect();
+    view.queue = queue.iter().filter_map(read_waiter).collect();
     view.holder = match value {
         Value::Nil => None,
         Value::BulkString(value) => Some(Occupant::read(value).into_holder(*left)),

@@ -32,7 +32,7 @@ pub use keys::{KeyNames, key_names};
 
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Store, Woken};
+use crate::store::{HAND_OFF_TTL, Store, Woken};
 use crate::types::{
     Acquired, Claim, FencingToken, Finding, Grant, Guarantees, Held, LockView, MAX_RECORD_BYTES, Page, Query,
     Released, Renewal, Ticket,
@@ -128,6 +128,9 @@ impl RedisStore {
         let (mut in_line, mut was_busy) = (link.is_subscribed(), false);
         let answer = loop {
             let wish = in_line.then_some(&attempt);
+            if in_line {
+                self.waiting.lines_up(claim.id);
+            }
             let answer = self.present(&keys, claim, ttl, &link, deadline, wish).await;
             let answer = match (answer, was_busy) {
                 // That somebody else has it is known; whether the claim stands in line it will learn by asking again.
@@ -179,8 +182,9 @@ impl RedisStore {
             }
             Value::Array(parts) => match (parts.as_slice(), attempt) {
                 ([Value::BulkString(value), Value::Int(left)], _) => (value, *left, None),
-                ([Value::BulkString(value), Value::Int(left), Value::Int(ahead)], Some(attempt)) => {
-                    (value, *left, Some((u64::try_from(*ahead).unwrap_or(0), attempt)))
+                ([Value::BulkString(value), Value::Int(left), Value::Int(ahead), since], Some(attempt)) => {
+                    let since = reply::text(since).unwrap_or_default();
+                    (value, *left, Some((u64::try_from(*ahead).unwrap_or(0), since, attempt)))
                 }
                 _ => return Err(reply::unexpected(&answer)),
             },
@@ -192,10 +196,11 @@ impl RedisStore {
             }
             (Occupant::Newer(shown), _) => Err(newer_protocol(&shown)),
             (occupant, None) => Ok(Acquired::Busy(occupant.into_holder(left))),
-            (occupant, Some((ahead, attempt))) => {
+            (occupant, Some((ahead, since, attempt))) => {
                 let holder = Some(occupant.into_holder(left));
                 let seen = Seen { holder, left: reply::remaining(left), session: link.generation };
-                Ok(Acquired::Queued(self.waiting.queued(claim, attempt, ahead, &seen)))
+                let entry = entry(&self.waiting.channel, claim, ttl, &since);
+                Ok(Acquired::Queued(self.waiting.queued(claim, attempt, ahead, entry, &seen)))
             }
         }
     }
@@ -214,7 +219,8 @@ impl RedisStore {
         let deadline = self.deadline(None);
         let link = self.connector.link(deadline).await?;
         let forbid = held.suspect || held.session != link.generation;
-        let job = wrote(release_job(&keys, held, forbid))?;
+        let entry = if held.waiting { self.waiting.entry(held.id) } else { None };
+        let job = wrote(release_job(&keys, held, forbid, entry.as_deref()))?;
         let patience = Patience { deadline, is_short: false };
         match self.accepted(self.connector.submit(&link, job, patience).await?)? {
             Value::Int(1) => Ok(Released::Released),
@@ -325,6 +331,12 @@ fn passing_on() -> Error {
     Error::new(ErrorKind::Unavailable, "the lock came when nobody waited for it, and is being passed on")
 }
 
+/// The entry of a claim in the line, as the script makes it.
+fn entry(channel: &str, claim: &Claim, ttl: u64, since: &str) -> String {
+    let lease = ttl.min(u64::try_from(HAND_OFF_TTL.as_millis()).unwrap_or(u64::MAX));
+    format!("1 {} {channel} {lease} {} {since} {}", claim.id, claim.tokens.max(1), claim.record)
+}
+
 fn acquire_job(
     keys: &Keys<'_>,
     claim: &Claim,
@@ -339,19 +351,20 @@ fn acquire_job(
     job.push(|out| write!(out, "{ttl}"))?;
     job.push(|out| {
         let tokens = claim.tokens.max(1);
-        let Some((channel, Attempt { number, window })) = attempt else {
+        let Some((channel, Attempt { number, window, again })) = attempt else {
             return if tokens > 1 { write!(out, "{tokens}") } else { Ok(()) };
         };
         write!(out, "{tokens} {channel} {} {number} ", window.as_millis())?;
         match claim.queue_limit {
-            Some(limit) => write!(out, "{limit}"),
-            None => out.write_all(b"-"),
+            Some(limit) => write!(out, "{limit}")?,
+            None => out.write_all(b"-")?,
         }
+        if *again { out.write_all(b" a") } else { Ok(()) }
     })?;
     Ok(job)
 }
 
-fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool) -> std::io::Result<Job> {
+fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool, entry: Option<&str>) -> std::io::Result<Job> {
     let mut job = Job::new(Verb::Release, 2 * keys.bound() + 40);
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
@@ -360,7 +373,10 @@ fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool) -> std::io::Result<Jo
         if held.waiting {
             out.write_all(b"w")?;
         }
-        if forbid { out.write_all(b"+") } else { Ok(()) }
+        if forbid {
+            out.write_all(b"+")?;
+        }
+        entry.map_or(Ok(()), |entry| write!(out, " {entry}"))
     })?;
     Ok(job)
 }

@@ -22,9 +22,9 @@ macro_rules! script {
 
 script!(ACQUIRE, "line.lua", "acquire.lua");
 script!(RENEW, "renew.lua");
-script!(RELEASE, "line.lua", "release.lua");
+script!(RELEASE, "release_plain.lua", "line.lua", "release.lua");
 script!(REFRESH, "line.lua", "refresh.lua");
-script!(INSPECT, "line.lua", "inspect.lua");
+script!(INSPECT, "inspect.lua");
 script!(LIST, "list.lua");
 script!(FENCED_SET, "fenced_set.lua");
 

@@ -96,6 +96,10 @@ struct Place {
     /// When it was last presented by its own caller.
     heard: Instant,
     news: Option<News>,
+    /// What stands in the line for it, if that is known.
+    entry: Option<String>,
+    /// Whether it was presented to wait before.
+    presented: bool,
 }
 
 #[derive(Debug)]
@@ -125,6 +129,8 @@ pub(super) struct Attempt {
     pub(super) number: u64,
     /// For how long the process counts as alive by it.
     pub(super) window: Duration,
+    /// Whether the claim may stand in line already.
+    pub(super) again: bool,
 }
 
 /// What is due for one lock: a presentation of all its waiters.
@@ -198,22 +204,33 @@ impl Waiting {
             listeners: 0,
             heard: sent.boot,
             news: None,
+            entry: None,
+            presented: false,
         });
         place.heard = sent.boot;
+        let again = place.presented;
         if !matches!(place.news, Some(News::Granted(..))) {
             place.news = None;
         }
-        Some(Attempt { number, window })
+        Some(Attempt { number, window, again })
     }
 
     /// Takes in that a presented claim waits in line.
-    pub(super) fn queued(&self, claim: &Claim, attempt: &Attempt, ahead: u64, seen: &Seen) -> Ticket {
+    pub(super) fn queued(
+        &self,
+        claim: &Claim,
+        attempt: &Attempt,
+        ahead: u64,
+        entry: String,
+        seen: &Seen,
+    ) -> Ticket {
         let now = clock::now();
         let mut table = self.table();
         let ticket = Ticket::new(claim).with_session(seen.session).with_ahead(ahead);
         let ticket = ticket.with_holder(seen.holder.clone());
         if let Some(place) = table.places.get_mut(&claim.id) {
             place.ticket = ticket.clone();
+            place.entry = Some(entry);
         }
         if let Some(queue) = table.queues.get_mut(&claim.name) {
             queue.answered = queue.answered.max(attempt.number);
@@ -231,6 +248,18 @@ impl Waiting {
             place.tell(News::Look);
         }
         Ticket::new(claim)
+    }
+
+    /// What stands in the line for a claim, if that is known.
+    pub(super) fn entry(&self, id: ClaimId) -> Option<String> {
+        self.table().places.get_mut(&id)?.entry.take()
+    }
+
+    /// Notes that a claim is now being presented to wait in line.
+    pub(super) fn lines_up(&self, id: ClaimId) {
+        if let Some(place) = self.table().places.get_mut(&id) {
+            place.presented = true;
+        }
     }
 
     /// Starts the serving, unless it goes on already.
@@ -368,7 +397,7 @@ impl Waiting {
                 .unwrap_or(queue.ttl);
             queue.due = now.plus(heard_every(queue.ttl));
             queue.in_flight = true;
-            let attempt = Attempt { number, window: alive_for(queue.ttl) };
+            let attempt = Attempt { number, window: alive_for(queue.ttl), again: true };
             queue.remember(attempt.number, sent);
             let claims = queue.claims.iter().copied().collect();
             due.push(Due { name: name.clone(), attempt, sent, claims, ttl: queue.ttl });
