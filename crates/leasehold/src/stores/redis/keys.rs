@@ -33,6 +33,11 @@ impl Keyspace {
         &self.index
     }
 
+    /// The hash of the names that an owner waits for.
+    pub(super) fn owner(&self, owner: &str) -> Vec<u8> {
+        [b"leasehold:owner:", &*self.prefix, b":", owner.as_bytes()].concat()
+    }
+
     /// The keys of one lock.
     pub(super) fn keys<'a>(&'a self, name: &'a Name) -> Result<Keys<'a>> {
         let keys = Keys { prefix: &self.prefix, name: name.as_bytes(), tag: Tag::Whole };

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use redis::{Pipeline, RedisWrite, Value};
 
@@ -18,6 +19,8 @@ use crate::types::{ClaimId, Holder, LockView, Name, Page, Query, Record, Waiter}
 const PAGE: usize = 500;
 /// Locks looked at by one command, so that no command holds the server up for long.
 const BATCH: usize = 100;
+/// For how long it is remembered where an owner waits, unless it says so again.
+const ANNOUNCED: Duration = Duration::from_secs(30);
 /// The most waiters listed of one lock; all are counted.
 const MOST_WAITERS: usize = 1_000;
 
@@ -30,7 +33,19 @@ impl RedisStore {
                 let items = self.views(&link, std::slice::from_ref(name), MOST_WAITERS, deadline).await?;
                 Ok(Page { items, next: None })
             }
-            Query::Waits { .. } => Ok(Page { items: Vec::new(), next: None }),
+            Query::Waits { owner } => {
+                let names = self.announced(&link, owner, deadline).await?;
+                let mut items = Vec::with_capacity(names.len());
+                for names in names.chunks(PAGE) {
+                    items.extend(self.views(&link, names, MOST_WAITERS, deadline).await?);
+                }
+                // What was announced may be over.
+                let waits = |waiter: &Waiter| {
+                    waiter.record.as_ref().is_some_and(|record| record.owner.as_ref() == Some(owner))
+                };
+                items.retain(|view| view.queue.iter().any(waits));
+                Ok(Page { items, next: None })
+            }
             Query::Prefix { prefix, after, limit } => {
                 let limit = (*limit).clamp(1, PAGE);
                 let names = self.indexed(&link, prefix, after.as_ref(), limit, deadline).await?;
@@ -73,6 +88,32 @@ impl RedisStore {
             }
         }
         Ok(names.into_iter().collect())
+    }
+
+    /// Makes known that `owner` waits for a lock: an owner's waits may lie in many lines, and nothing else leads there.
+    pub(super) async fn announce_wait(&self, name: &Name, owner: &str) -> Result<()> {
+        let deadline = self.deadline(None);
+        let link = self.connector.link(deadline).await?;
+        let key = self.keyspace.owner(owner);
+        let mut calls = Pipeline::with_capacity(2);
+        calls.cmd("HSET").arg(&key).arg(name.as_bytes()).arg(1);
+        calls.cmd("PEXPIRE").arg(&key).arg(u64::try_from(ANNOUNCED.as_millis()).unwrap_or(u64::MAX));
+        for answer in self.connector.send_all(&link, &calls, deadline).await? {
+            self.accepted(answer)?;
+        }
+        Ok(())
+    }
+
+    async fn announced(&self, link: &Arc<Link>, owner: &str, deadline: Instant) -> Result<Vec<Name>> {
+        let mut call = redis::cmd("HKEYS");
+        call.arg(self.keyspace.owner(owner));
+        let answer = self.accepted(self.connector.send(link, &call, deadline).await?)?;
+        let Value::Array(found) = answer else { return Err(reply::unexpected(&answer)) };
+        let name = |value: Value| match value {
+            Value::BulkString(bytes) => Name::new(bytes).ok(),
+            _ => None,
+        };
+        Ok(found.into_iter().filter_map(name).collect())
     }
 
     /// One view for each name, in one round trip.

@@ -414,6 +414,12 @@ impl Store for RedisStore {
         self.waiting.woken(ticket).await
     }
 
+    async fn announce(&self, ticket: &Ticket, owner: &str) -> Result<()> {
+        self.announce_wait(&ticket.name, owner)
+            .await
+            .map_err(|error| error.for_name(&ticket.name).on_store(&self.connector.location))
+    }
+
     async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>> {
         let mut answers = Vec::with_capacity(held.len());
         let mut items = Vec::with_capacity(held.len());
