@@ -124,6 +124,7 @@ fn help_completions_and_manual_know_every_option() {
         "--hold-at-least",
         "--on-lost",
         "--label",
+        "--owner",
         "--meta",
         "--quiet-if-busy",
         "--status-fd",
