@@ -140,8 +140,7 @@ async fn a_ring_of_three_loses_its_last_comer_only(locks: &[Locks; 2]) {
         let mut waiters: Vec<_> = (0..3).map(|_| None).collect();
         for step in 1..=3 {
             let at = (last + step) % 3;
-            waiters[at] =
-                Some(wait_for(&locks[at % 2], &names[(at + 1) % 3], &owners[at], ms(60)).await);
+            waiters[at] = Some(wait_for(&locks[at % 2], &names[(at + 1) % 3], &owners[at], ms(60)).await);
         }
         let error = told(waiters[last].take().unwrap()).await;
         for owner in &owners {
@@ -187,7 +186,10 @@ async fn who_waits_for_itself_is_told(locks: &[Locks; 2]) {
     assert!(text.contains(&format!("{owner} holds twice (token {token}, ")), "{text}");
     assert!(text.contains(&format!("and waits for twice; {owner} waits for itself")), "{text}");
     let after = clock::now().since(began);
-    assert!(after >= Duration::from_secs(1) && after < Duration::from_secs(3), "{after:?}: not at the first look");
+    assert!(
+        after >= Duration::from_secs(1) && after < Duration::from_secs(3),
+        "{after:?}: not at the first look"
+    );
     assert!(mutex.try_lock().await.unwrap().is_none(), "not waiting is no deadlock");
 }
 
@@ -305,7 +307,8 @@ impl Churn {
             self.reference().waits.insert(owner.to_string(), lock);
             let mutex = locks.mutex(format!("lock {lock}")).owner(&owner).deadlock_after(ms(50));
             // Some give up by themselves: their places in line stay for a moment.
-            let patience = if fastrand::u8(..8) == 0 { ms(fastrand::u64(1..200)) } else { Duration::MAX };
+            let patience =
+                if fastrand::u8(..8) == 0 { clock::jitter(ms(200)) + ms(1) } else { Duration::MAX };
             let got = in_time("the lock, or an alarm", mutex.lock_for(patience)).await;
             match self.settled(&owner, lock, got) {
                 Ok(guard) => guards.push((lock, guard)),

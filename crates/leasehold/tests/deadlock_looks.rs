@@ -188,8 +188,7 @@ async fn the_same_owners_with_another_wait_or_hold_are_not_the_same_circle() {
 
 #[tokio::test]
 async fn a_look_that_fails_is_made_again_and_costs_no_place_in_line() {
-    let (inner, store, locks) =
-        Watched::with(|looks| if looks == 0 { Answer::Fails } else { Answer::True });
+    let (inner, store, locks) = Watched::with(|looks| if looks == 0 { Answer::Fails } else { Answer::True });
     let x = claim("x", "other");
     assert!(matches!(present(&inner, &x), Acquired::Granted(_)));
     let _y = locks.mutex("y").owner(&me()).lock().await.unwrap();

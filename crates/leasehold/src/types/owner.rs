@@ -48,7 +48,9 @@ impl Owner {
         }
         let shown = Escaped(text.as_bytes()).to_string();
         if shown != text {
-            return Err(InvalidOwner(format!("an owner's text has characters that are not safe to print: {shown}")));
+            return Err(InvalidOwner(format!(
+                "an owner's text has characters that are not safe to print: {shown}"
+            )));
         }
         Ok(Self(text.into()))
     }
