@@ -5,11 +5,12 @@
 //! one member can come back to itself, the one that joined last by the store's clock (ties: the larger claim id): it is
 //! the one that closed the circle, and the one to give way. The others see nothing and wait on.
 //!
-//! A walk reads one owner after the other, so what it comes back with may never have been true at one time. Therefore the
-//! second look: after a pause each edge is read again, and each must be the same claim waiting for the same hold, by
-//! claim id and token. Neither ever comes back once it has ended, so each edge was there all the time between its two
-//! readings, hence all of them together at the end of the first walk. An owner does one thing at a time: such a circle
-//! cannot open by itself. The pause lets a release or a withdrawal that is still under way arrive.
+//! A walk reads one owner after the other, but every claim that it goes over was in line already when the walker joined
+//! and has been since: an owner does one thing at a time, so all of them have been stuck together from then on, and have
+//! released nothing. That is exact but for what the store has not been told yet: a wait that was given up, or a guard that
+//! was dropped, its release being under way. Therefore the second look: after a pause, in which such a request arrives,
+//! each edge is read again, and each must be the same claim waiting for the same hold, by claim id and token. Neither ever
+//! comes back once it has ended, so all of them were there together between the two looks.
 //!
 //! The ends of leases do not count. From outside a holder that died looks like one that lives until its lease ends; if
 //! such a circle is reported, its victim began anew a little earlier than it had to, and no lock was lost.
@@ -33,7 +34,7 @@ use crate::types::{ClaimId, Escaped, FencingToken, LockView, Name, Owner, Query,
 /// From one look of a waiter to its next.
 const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// From a circle found to the second look: at least this, and up to twice as long.
-const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(100);
 /// A look that takes longer is given up.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// The most owners that one walk visits.

@@ -10,8 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
-use leasehold::{Error, ErrorKind, Guard, Locks, Owner, clock};
+use leasehold::{
+    Acquired, Claim, Error, ErrorKind, Finding, Guarantees, Guard, Held, LockView, Locks, Owner, Page, Query,
+    Released, Renewal, Ticket, Woken, clock,
+};
 use tokio::task::JoinHandle;
 
 /// Every case on one store: `$make` gives what must live as long, and two handles as of two processes.
@@ -46,8 +50,53 @@ suite!(memory, memory());
 
 #[expect(clippy::unused_async, reason = "every store is made in the same way")]
 async fn memory() -> ((), [Locks; 2]) {
-    let store = Arc::new(MemoryStore::new());
-    ((), [(); 2].map(|()| Locks::over(store.clone()).unwrap()))
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+    ((), over(&store))
+}
+
+/// Two handles, as of two processes, on a store that is some way off.
+fn over(store: &Arc<dyn Store>) -> [Locks; 2] {
+    [(); 2].map(|()| Locks::over(Arc::new(Distant(store.clone()))).unwrap())
+}
+
+/// Looks take some time, and what is released or given up is so a little later: what a walk finds is seldom true.
+#[derive(Debug)]
+struct Distant(Arc<dyn Store>);
+
+#[async_trait::async_trait]
+impl Store for Distant {
+    async fn acquire(&self, claim: &Claim) -> leasehold::Result<Acquired> {
+        self.0.acquire(claim).await
+    }
+    async fn woken(&self, ticket: &Ticket) -> Woken {
+        self.0.woken(ticket).await
+    }
+    async fn announce(&self, ticket: &Ticket, owner: &str) -> leasehold::Result<()> {
+        self.0.announce(ticket, owner).await
+    }
+    async fn renew(&self, held: &[Held]) -> Vec<leasehold::Result<Renewal>> {
+        self.0.renew(held).await
+    }
+    async fn release(&self, held: &Held) -> leasehold::Result<Released> {
+        clock::sleep(clock::jitter(ms(20))).await;
+        self.0.release(held).await
+    }
+    async fn inspect(&self, query: &Query) -> leasehold::Result<Page<LockView>> {
+        clock::sleep(clock::jitter(ms(4))).await;
+        self.0.inspect(query).await
+    }
+    fn guarantees(&self) -> Guarantees {
+        self.0.guarantees()
+    }
+    fn location(&self) -> Arc<str> {
+        self.0.location()
+    }
+    async fn diagnose(&self) -> Vec<Finding> {
+        self.0.diagnose().await
+    }
+    fn lifeline(&self) -> Option<Arc<std::fs::File>> {
+        self.0.lifeline()
+    }
 }
 
 fn ms(millis: u64) -> Duration {
@@ -305,7 +354,7 @@ impl Churn {
         let mut guards = Vec::new();
         for lock in self.choose() {
             self.reference().waits.insert(owner.to_string(), lock);
-            let mutex = locks.mutex(format!("lock {lock}")).owner(&owner).deadlock_after(ms(50));
+            let mutex = locks.mutex(format!("lock {lock}")).owner(&owner).deadlock_after(ms(20));
             // Some give up by themselves: their places in line stay for a moment.
             let patience =
                 if fastrand::u8(..8) == 0 { clock::jitter(ms(200)) + ms(1) } else { Duration::MAX };
@@ -318,6 +367,13 @@ impl Churn {
             }
             if fastrand::u8(..4) == 0 {
                 clock::sleep(clock::jitter(ms(5))).await;
+            }
+            // Some go on without what they had: the release is under way while they wait for the next.
+            if fastrand::u8(..3) == 0
+                && let Some((lock, guard)) = guards.pop()
+            {
+                self.reference().holder.remove(&lock);
+                drop(guard);
             }
         }
         fastrand::shuffle(&mut guards);
