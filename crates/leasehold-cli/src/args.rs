@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
+use leasehold::Owner;
 
 use crate::plan::OnLost;
 
@@ -42,7 +43,7 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// Lists the locks that are held
     Ls(LsArgs),
-    /// Shows one lock: who holds it, since when, with which token
+    /// Shows one lock: who holds it, since when, with which token, and who waits; or who waits for whom
     Show(ShowArgs),
     /// Looks whether the store is fit for locks, and says what each finding means
     Doctor(DoctorArgs),
@@ -109,6 +110,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT")]
     pub(crate) label: Option<String>,
 
+    /// The unit of work that takes the lock, for deadlock detection: give the same text to every lock that it takes,
+    /// and to no other unit of work
+    #[arg(long, value_name = "TEXT", value_parser = owner)]
+    pub(crate) owner: Option<Owner>,
+
     /// Something else to show to others (may be repeated)
     #[arg(long = "meta", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) metadata: Vec<(String, String)>,
@@ -165,12 +171,19 @@ pub(crate) struct LsArgs {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  leasehold show nightly-backup")]
+#[command(
+    after_help = "Examples:\n  leasehold show nightly-backup\n  leasehold show --graph\n  leasehold show --json nightly-backup | jq .queue"
+)]
 pub(crate) struct ShowArgs {
-    /// The lock
-    pub(crate) name: OsString,
+    /// The lock, or several; with --graph those to begin with, all without one
+    #[arg(required_unless_present = "graph", value_name = "NAME")]
+    pub(crate) names: Vec<OsString>,
 
-    /// Print a JSON object
+    /// Draw who waits for whom, and mark circles
+    #[arg(long)]
+    pub(crate) graph: bool,
+
+    /// Print one JSON object for each lock, or one with the nodes and edges of the graph
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -187,6 +200,10 @@ pub(crate) struct DoctorArgs {
 
 fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; write 30s, 250ms or 1m30s"))
+}
+
+fn owner(text: &str) -> Result<Owner, String> {
+    Owner::existing(text).map_err(|bad| bad.to_string())
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {

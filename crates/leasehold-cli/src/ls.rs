@@ -41,7 +41,7 @@ fn row(view: &LockView) -> Vec<String> {
         view.name.to_string(),
         holder.map_or_else(none, |holder| styled(WARN, view::who(holder))),
         holder.and_then(|holder| holder.token).map_or_else(none, |token| token.to_string()),
-        holder.and_then(view::held_for).map_or_else(none, view::rough),
+        holder.and_then(|holder| view::age(holder.since_unix_micros)).map_or_else(none, view::rough),
         holder.and_then(|holder| holder.remaining).map_or_else(none, view::rough),
         view.waiters.to_string(),
         label.map_or_else(none, |label| view::escaped(&label)),

@@ -6,6 +6,7 @@ mod cli;
 mod doctor;
 mod exit;
 mod generate;
+mod graph;
 mod ls;
 mod plan;
 mod run;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use leasehold::Name;
+use leasehold::{Name, Owner};
 
 use crate::args::RunArgs;
 
@@ -87,6 +87,7 @@ pub(crate) struct RunPlan {
     pub(crate) leash: Leash,
     pub(crate) hold_at_least: Duration,
     pub(crate) label: Option<String>,
+    pub(crate) owner: Option<Owner>,
     pub(crate) metadata: Vec<(String, String)>,
     pub(crate) status_fd: Option<i32>,
     pub(crate) json: bool,
@@ -124,6 +125,7 @@ impl RunPlan {
             leash,
             hold_at_least: args.hold_at_least.unwrap_or_default(),
             label: args.label,
+            owner: args.owner,
             metadata: args.metadata,
             status_fd: args.status_fd,
             json: args.json,

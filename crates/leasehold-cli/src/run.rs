@@ -71,6 +71,9 @@ async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks,
     if let Some(label) = &plan.label {
         mutex = mutex.label(label);
     }
+    if let Some(owner) = &plan.owner {
+        mutex = mutex.owner(owner);
+    }
     for (key, value) in &plan.metadata {
         mutex = mutex.metadata(key, value);
     }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
-use leasehold::{Escaped, Holder, LockView};
+use leasehold::{Escaped, Holder, LockView, Name, Record, Waiter};
 use serde_json::{Value, json};
 
 use crate::plan::human;
@@ -27,21 +27,33 @@ pub(crate) fn styled(style: Style, text: impl std::fmt::Display) -> String {
 
 /// One lock as JSON.
 pub(crate) fn lock_json(view: &LockView) -> Value {
-    let shown = view.name.to_string();
-    let mut object = json!({
-        "name": shown,
-        "held": view.holder.is_some(),
-        "holder": view.holder.as_ref().map(holder_json),
-        "last_token": view.last_token,
-        "waiters": view.waiters,
-    });
+    let mut object = named_json(&view.name, "name");
+    object["held"] = view.holder.is_some().into();
+    object["holder"] = view.holder.as_ref().map(holder_json).into();
+    object["last_token"] = json!(view.last_token);
+    object["waiters"] = view.waiters.into();
+    object
+}
+
+/// One lock and its line as JSON.
+pub(crate) fn lock_and_line_json(view: &LockView) -> Value {
+    let mut object = lock_json(view);
+    let queue = view.queue.iter().zip(1_u64..).map(|(waiter, position)| waiter_json(waiter, position));
+    object["queue"] = queue.collect();
+    object
+}
+
+/// An object that says which lock it is about, under that key.
+pub(crate) fn named_json(name: &Name, key: &str) -> Value {
+    let shown = name.to_string();
+    let mut object = json!({ key: shown });
     // Where the name had to be escaped to be shown, the bytes tell which lock it really is.
-    if shown.as_bytes() != view.name.as_bytes() {
-        let hex = view.name.as_bytes().iter().fold(String::new(), |mut hex, byte| {
+    if shown.as_bytes() != name.as_bytes() {
+        let hex = name.as_bytes().iter().fold(String::new(), |mut hex, byte| {
             let _ = write!(hex, "{byte:02x}");
             hex
         });
-        object["name_hex"] = hex.into();
+        object[format!("{key}_hex")] = hex.into();
     }
     object
 }
@@ -85,6 +97,22 @@ pub(crate) fn holder_json(holder: &Holder) -> Value {
     })
 }
 
+/// A place in line as JSON.
+fn waiter_json(waiter: &Waiter, position: u64) -> Value {
+    let record = waiter.record.clone().unwrap_or_default();
+    json!({
+        "position": position,
+        "owner": record.owner,
+        "host": record.host,
+        "pid": record.pid,
+        "label": record.label,
+        "meta": record.metadata,
+        "since_unix_ms": waiter.since_unix_micros.map(|micros| micros / 1000),
+        "waiting_ms": age(waiter.since_unix_micros).map(millis),
+        "claim": waiter.id.to_string(),
+    })
+}
+
 fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
@@ -93,12 +121,23 @@ fn millis(span: Duration) -> u64 {
 pub(crate) fn who(holder: &Holder) -> String {
     match (&holder.record, &holder.foreign) {
         (_, Some(foreign)) => format!("another library ({foreign})"),
-        (Some(record), None) => match &record.owner {
-            Some(owner) => escaped(owner),
-            None => format!("{}:{}", escaped(&record.host), record.pid),
-        },
+        (Some(record), None) => owner_or_process(record),
         (None, None) => "unknown".into(),
     }
+}
+
+/// Who waits, in a word or two that are safe to print.
+pub(crate) fn waiter(waiter: &Waiter) -> String {
+    waiter.record.as_ref().map_or_else(|| "unknown".into(), owner_or_process)
+}
+
+fn owner_or_process(record: &Record) -> String {
+    record.owner.as_deref().map_or_else(|| process(record), escaped)
+}
+
+/// The process of a claim, safe to print.
+pub(crate) fn process(record: &Record) -> String {
+    format!("{}:{}", escaped(&record.host), record.pid)
 }
 
 /// Text of a stranger, safe to print.
@@ -106,9 +145,9 @@ pub(crate) fn escaped(text: &str) -> String {
     Escaped(text.as_bytes()).to_string()
 }
 
-/// For how long it has been held, by the wall clock.
-pub(crate) fn held_for(holder: &Holder) -> Option<Duration> {
-    let since = Duration::from_micros(holder.since_unix_micros?);
+/// How long ago that was, by the wall clock.
+pub(crate) fn age(unix_micros: Option<u64>) -> Option<Duration> {
+    let since = Duration::from_micros(unix_micros?);
     leasehold::clock::wall().checked_sub(since)
 }
 

@@ -46,6 +46,33 @@ fn ls_and_show_say_who_holds_what() {
 }
 
 #[test]
+fn the_owner_of_a_run_is_shown_and_the_command_still_finds_its_claim() {
+    let place = Place::new();
+    let running = place.start(&["--owner", "nightly 17"], "echo $LEASEHOLD_OWNER; exec sleep 100");
+    let holder = &place.show()["holder"];
+    assert_eq!((&holder["owner"], &holder["claim"]), (&"nightly 17".into(), &running.first.clone().into()));
+    let show = place.run(["show", "x", "y"]);
+    let process = format!("holder      nightly 17\nprocess     {}:", holder["host"].as_str().unwrap());
+    assert!(text(&show.stdout).contains(&process), "{}", text(&show.stdout));
+    assert!(text(&show.stdout).contains("\n\nname        y\nstate       free\n"), "{}", text(&show.stdout));
+    for names in [&[][..], &["x"]] {
+        let graph = place.run([&["show", "--graph"], names].concat());
+        assert_eq!(text(&graph.stdout), "nobody waits\n");
+        let graph = place.run([&["show", "--graph", "--json"], names].concat());
+        assert_eq!(text(&graph.stdout), "{\"edges\":[],\"nodes\":[]}\n");
+    }
+    running.signal(Signal::TERM);
+    running.end();
+    for wrong in [
+        &["show"][..],
+        &["run", "--owner", "", "x", "--", "true"],
+        &["run", "--owner", "a\nb", "x", "--", "true"],
+    ] {
+        assert_eq!(place.run(wrong).status.code(), Some(64), "{wrong:?}");
+    }
+}
+
+#[test]
 fn a_home_that_is_not_absolute_is_no_place_for_a_database() {
     let place = Place::new();
     let mut command = place.leasehold(["ls"]);
@@ -124,6 +151,7 @@ fn help_completions_and_manual_know_every_option() {
         "--hold-at-least",
         "--on-lost",
         "--label",
+        "--owner",
         "--meta",
         "--quiet-if-busy",
         "--status-fd",

@@ -16,7 +16,9 @@ use crate::clock::Instant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lease::{Loss, Status};
 use crate::retry::Retry;
-use crate::types::{ClaimId, FencingToken, Finding, Guarantees, LockView, Name, Page, Query, Released};
+use crate::types::{
+    ClaimId, FencingToken, Finding, Guarantees, LockView, Name, Owner, Page, Query, Released, Ticket,
+};
 
 /// Connects to the store at `url`; see [`leasehold::connect`](crate::connect).
 ///
@@ -113,6 +115,36 @@ impl Mutex {
     #[must_use]
     pub fn retry(self, retry: Retry) -> Self {
         Self(self.0.retry(retry))
+    }
+
+    /// As [`Mutex::max_wait`](crate::Mutex::max_wait).
+    #[must_use]
+    pub fn max_wait(self, limit: Duration) -> Self {
+        Self(self.0.max_wait(limit))
+    }
+
+    /// As [`Mutex::max_queue`](crate::Mutex::max_queue).
+    #[must_use]
+    pub fn max_queue(self, limit: u32) -> Self {
+        Self(self.0.max_queue(limit))
+    }
+
+    /// As [`Mutex::on_wait`](crate::Mutex::on_wait).
+    #[must_use]
+    pub fn on_wait(self, tell: impl Fn(&Ticket) + Send + Sync + 'static) -> Self {
+        Self(self.0.on_wait(tell))
+    }
+
+    /// As [`Mutex::owner`](crate::Mutex::owner).
+    #[must_use]
+    pub fn owner(self, owner: &Owner) -> Self {
+        Self(self.0.owner(owner))
+    }
+
+    /// As [`Mutex::deadlock_after`](crate::Mutex::deadlock_after).
+    #[must_use]
+    pub fn deadlock_after(self, wait: Duration) -> Self {
+        Self(self.0.deadlock_after(wait))
     }
 
     /// Waits for the lock.

@@ -23,8 +23,8 @@ use crate::clock::{self, Instant};
 use crate::error::ErrorKind;
 use crate::store::{Store, Woken};
 use crate::types::{
-    Acquired, Claim, FencingToken, Grant, Guarantees, Held, LockView, MAX_NAME_BYTES, Name, Query, Released,
-    Renewal,
+    Acquired, Claim, FencingToken, Grant, Guarantees, Held, LockView, MAX_NAME_BYTES, Name, Query, Record,
+    Released, Renewal, Waiter,
 };
 
 /// A check under way.
@@ -337,6 +337,58 @@ pub async fn the_line_is_served_in_order(store: &dyn Store) {
     }
     let next = claim(&name, TTL);
     let _ = granted(store, &next).await;
+    an_owner_is_found_where_it_waits(store).await;
+}
+
+/// What deadlock detection goes by: where an owner waits, since when, and behind whose hold.
+async fn an_owner_is_found_where_it_waits(store: &dyn Store) {
+    let owned = |name: &Name, owner: &str| {
+        let record = Record { owner: Some(owner.into()), ..Record::default() };
+        claim(name, TTL).with_queue(true).with_record(record.encode().into())
+    };
+    let own = |view: &LockView, owner: &str| -> Vec<Waiter> {
+        let of = |waiter: &Waiter| waiter.record.as_ref().and_then(|record| record.owner.clone());
+        view.queue.iter().filter(|waiter| of(waiter).as_deref() == Some(owner)).cloned().collect()
+    };
+    let names = [fresh("waits"), fresh("waits")];
+    let [holder, other, owner] = ["holder", "other", "owner"].map(|who| format!("{who} {}", names[0]));
+    let mut waiters = Vec::new();
+    for name in &names {
+        let held = owned(name, &holder);
+        let token = granted(store, &held).await.token;
+        let line = [owned(name, &other), owned(name, &owner)];
+        for (claim, owner) in line.iter().zip([&other, &owner]) {
+            let answer = store.acquire(claim).await.expect("answered");
+            let Acquired::Queued(ticket) = answer else { panic!("it should stand in line: {answer:?}") };
+            store.announce(&ticket, owner).await.expect("announced");
+        }
+        waiters.push((held.id, token, line));
+    }
+    for _ in 0..2 {
+        let views = store.inspect(&Query::Waits { owner: owner.clone() }).await.expect("answered").items;
+        assert_eq!(views.len(), 2, "{views:?}");
+        for view in views {
+            let at = names.iter().position(|name| *name == view.name).expect("one of ours");
+            let (id, token, [_, waiter]) = &waiters[at];
+            let found = own(&view, &owner);
+            let [found] = &found[..] else { panic!("{view:?}") };
+            assert_eq!(found.id, waiter.id);
+            assert!(found.since_unix_micros.is_some(), "it is told who joined last");
+            // The whole line tells the same as this part of it.
+            let line = self::view(store, &view.name).await.queue;
+            assert_eq!(line[1], *found);
+            assert!(line[0].since_unix_micros <= found.since_unix_micros);
+            let holder_is = view.holder.expect("held");
+            assert_eq!((holder_is.id, holder_is.token), (Some(*id), Some(*token)));
+            assert_eq!(holder_is.record.and_then(|record| record.owner).as_ref(), Some(&holder));
+        }
+    }
+    released(store, &Held::queued(&waiters[0].2[1], 0)).await;
+    let views = store.inspect(&Query::Waits { owner: owner.clone() }).await.expect("answered").items;
+    let waits: Vec<_> = views.iter().filter(|view| !own(view, &owner).is_empty()).collect();
+    assert!(matches!(waits[..], [view] if view.name == names[1]), "it has left the other line: {views:?}");
+    let none = store.inspect(&Query::Waits { owner: holder }).await.expect("answered").items;
+    assert!(none.is_empty(), "holding is not waiting");
 }
 
 /// A grant that takes several tokens leaves them to no other.

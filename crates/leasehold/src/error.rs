@@ -5,7 +5,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::types::{InvalidName, Name};
+use crate::types::{InvalidName, InvalidOwner, Name};
 
 /// `Result` with Leasehold's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -152,6 +152,12 @@ impl StdError for Error {
 
 impl From<InvalidName> for Error {
     fn from(bad: InvalidName) -> Self {
+        Self::invalid(bad.to_string())
+    }
+}
+
+impl From<InvalidOwner> for Error {
+    fn from(bad: InvalidOwner) -> Self {
         Self::invalid(bad.to_string())
     }
 }

@@ -52,6 +52,7 @@ mod cell;
 pub mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod deadlock;
 mod error;
 pub mod fence;
 mod guard;

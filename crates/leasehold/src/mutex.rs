@@ -12,8 +12,11 @@ use crate::keeper::Keeper;
 use crate::lease::{DEFAULT_TTL, Status};
 use crate::retry::Retry;
 use crate::store::check_ttl;
-use crate::types::{Claim, InvalidName, MAX_RECORD_BYTES, Name, Record, Released, Ticket};
+use crate::types::{Claim, InvalidName, MAX_RECORD_BYTES, Name, Owner, Record, Released, Ticket};
 use crate::wait::{self, Ended, Patience, Watcher};
+
+/// How long a waiter with an owner waits before it looks for a deadlock.
+const DEFAULT_DEADLOCK_AFTER: Duration = Duration::from_secs(1);
 
 /// A handle on one named lock. Cheap: making, cloning and dropping it does no I/O.
 ///
@@ -38,6 +41,8 @@ struct Settings {
     max_wait: Option<Duration>,
     max_queue: Option<u32>,
     watcher: Option<Watcher>,
+    owner: Option<Owner>,
+    deadlock_after: Duration,
 }
 
 impl Mutex {
@@ -52,6 +57,8 @@ impl Mutex {
             max_wait: None,
             max_queue: None,
             watcher: None,
+            owner: None,
+            deadlock_after: DEFAULT_DEADLOCK_AFTER,
         };
         Self { keeper, name, settings, record: Arc::default() }
     }
@@ -158,6 +165,57 @@ impl Mutex {
         self.with(|settings| settings.watcher = Some(Watcher(Arc::new(tell))))
     }
 
+    /// Says which unit of work locks it: it is shown to others, and the lock takes part in deadlock detection. Where units
+    /// of work, in any number of processes, wait for each other in a circle, the one that was the last to wait gets
+    /// [`ErrorKind::Deadlock`] with the whole circle spelled out; its claim is withdrawn, and the others go on as soon as it
+    /// releases what it holds.
+    ///
+    /// It needs a store with a line ([`Guarantees::fifo`](crate::Guarantees)): a waiter that only polls cannot be seen by
+    /// others. Circles over several stores are not seen either, and waits for something else than a lock are not known.
+    ///
+    /// # Default
+    /// None: each claim is its own owner and takes no part.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> leasehold::Result<()> {
+    /// use leasehold::{ErrorKind, Owner};
+    ///
+    /// let locks = leasehold::connect("memory:").await?;
+    /// # async fn transfer(locks: &leasehold::Locks, from: &str, to: &str) -> leasehold::Result<u32> {
+    /// let mut tries = 0;
+    /// loop {
+    ///     tries += 1;
+    ///     let owner = Owner::new(format!("transfer from {from} to {to}"));
+    ///     let _from = locks.mutex(from).owner(&owner).lock().await?;
+    ///     match locks.mutex(to).owner(&owner).lock().await {
+    ///         Ok(_to) => return Ok(tries), // both are held: do the work
+    ///         // Somebody transfers the other way round. Letting go of `from` lets them go on.
+    ///         Err(error) if error.kind() == ErrorKind::Deadlock => continue,
+    ///         Err(error) => return Err(error),
+    ///     }
+    /// }
+    /// # }
+    /// # transfer(&locks, "a", "b").await?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn owner(self, owner: &Owner) -> Self {
+        self.with(|settings| settings.owner = Some(owner.clone()))
+    }
+
+    /// Sets how long a waiter with an [`owner`](Self::owner) stands in line before it looks for a deadlock; while it waits
+    /// on, it looks again every three seconds. `Duration::MAX`: never; then a circle in which it was the last to wait
+    /// stays.
+    ///
+    /// # Default
+    /// 1 s: few waits are so long, and those that are shorter cost nothing. A look reads the waits of the owners that it
+    /// leads to, one request each, 64 owners at most, and a circle is read twice.
+    #[must_use]
+    pub fn deadlock_after(self, wait: Duration) -> Self {
+        self.with(|settings| settings.deadlock_after = wait)
+    }
+
     /// The name of the lock.
     ///
     /// # Errors
@@ -170,7 +228,8 @@ impl Mutex {
     ///
     /// # Errors
     /// `Unavailable` if the store cannot be reached at the first look (it fails fast; while waiting it rides out an
-    /// outage of one TTL), `Unknown` if answers were lost, `Busy` if the retry policy ended, `Rejected`, `Invalid`.
+    /// outage of one TTL), `Unknown` if answers were lost, `Busy` if the retry policy ended, `QueueFull`, `Deadlock` (only
+    /// with an [`owner`](Self::owner)), `Rejected`, `Invalid`.
     ///
     /// # Cancel safety
     /// Safe: dropped at any moment, it leaves neither a hold nor a place in a queue; the release, where one may be needed,
@@ -294,7 +353,9 @@ impl Mutex {
             // A holder that is stuck does not give the lock back: the store must free it.
             claim.ttl = claim.ttl.min(limit.max(guarantees.least_ttl));
         }
-        let patience = Patience { retry, deadline, watcher: self.settings.watcher.as_ref() };
+        let Settings { watcher, owner, deadlock_after, .. } = &self.settings;
+        let owner = owner.as_ref().map(|owner| (owner, *deadlock_after));
+        let patience = Patience { retry, deadline, watcher: watcher.as_ref(), owner };
         match wait::acquire(&self.keeper, &claim, patience).await? {
             Ended::Busy(holder) => Ok(Err(holder)),
             Ended::Won(won) => {
@@ -313,7 +374,7 @@ impl Mutex {
 
     fn encode_record(&self) -> Result<Arc<str>> {
         let record = Record {
-            owner: None,
+            owner: self.settings.owner.as_ref().map(Owner::to_string),
             host: host_name().to_owned(),
             pid: std::process::id(),
             label: self.settings.label.clone(),

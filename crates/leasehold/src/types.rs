@@ -8,8 +8,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 mod guarantees;
+mod owner;
 
 pub use guarantees::{Fencing, Finding, Guarantees, Persistence, Severity};
+pub use owner::{InvalidOwner, MAX_OWNER_BYTES, Owner};
 
 /// The largest name, in bytes.
 pub const MAX_NAME_BYTES: usize = 512;
@@ -186,7 +188,7 @@ pub enum Binding {
 /// What people are told about a holder. Shown by `inspect`, never used for a decision.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// The unit of work that owns the claim, if the user named one.
+    /// The unit of work that owns the claim, if the user named one: the text of an [`Owner`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
     /// Host name.
@@ -536,7 +538,8 @@ pub struct LockView {
     pub last_token: Option<FencingToken>,
     /// How many wait in line.
     pub waiters: u64,
-    /// Who waits, in order, the next first: for a look at one lock, and for [`Query::Waits`]; empty in a listing.
+    /// Who waits, in order, the next first: all of them for a look at one lock ([`Query::One`]), those of the owner asked
+    /// for in [`Query::Waits`] (a store may give the others too), none in a listing.
     pub queue: Vec<Waiter>,
 }
 

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{self, Instant, Now};
+use crate::deadlock::Lookout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::keeper::Keeper;
 use crate::lease::valid_until;
 use crate::retry::{Retry, Waits};
 use crate::store::Woken;
-use crate::types::{Acquired, Claim, Grant, Held, Holder, Ticket};
+use crate::types::{Acquired, Claim, Grant, Held, Holder, Owner, Ticket};
 
 /// How often one look at a lock is presented when its answers are lost, or come too late to be believed.
 const PRESENTATIONS: u32 = 3;
@@ -37,6 +38,8 @@ pub(crate) struct Patience<'a> {
     pub(crate) retry: Option<&'a Retry>,
     pub(crate) deadline: Instant,
     pub(crate) watcher: Option<&'a Watcher>,
+    /// The unit of work that waits, and after how long in line it looks for a deadlock.
+    pub(crate) owner: Option<(&'a Owner, Duration)>,
 }
 
 /// A grant, with what its holder must know of how it came about.
@@ -63,7 +66,7 @@ pub(crate) enum Ended {
 /// Dropped at any await it leaves nothing behind: the keeper releases what may have been granted.
 pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'_>) -> Result<Ended> {
     let Patience { retry, deadline, .. } = patience;
-    let mut armed = Armed { keeper, claim, suspect: false, in_flight: false, queued: None };
+    let mut armed = Armed { keeper, claim, suspect: false, in_flight: false, queued: None, lookout: None };
     let mut waits: Option<Waits> = None;
     let mut outage: Option<Instant> = None;
     loop {
@@ -89,6 +92,7 @@ pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'
                     }
                     Line::Over(holder) => return Ok(Ended::Busy(holder)),
                     Line::Look => continue,
+                    Line::Failed(error) => return Err(error),
                 }
             }
             // Fails fast at the first look; a waiter rides out an outage as long as a lease.
@@ -130,6 +134,7 @@ enum Line {
     Won(Won),
     Over(Option<Holder>),
     Look,
+    Failed(Error),
 }
 
 enum Looked {
@@ -148,12 +153,17 @@ struct Armed<'a> {
     in_flight: bool,
     /// The session on which the claim was put in line.
     queued: Option<u64>,
+    /// For a claim in line that has an owner.
+    lookout: Option<Lookout>,
 }
 
 impl Armed<'_> {
     /// Waits in line until the lock is handed over, there is reason to look again, or the patience is at its end.
     async fn in_line(&mut self, mut ticket: Ticket, waits: &mut Waits, patience: Patience<'_>) -> Line {
         let mut until = clock::now();
+        if let Some((owner, after)) = patience.owner {
+            self.lookout.get_or_insert_with(|| Lookout::new(self.keeper.store(), owner, after));
+        }
         loop {
             if let Some(Watcher(tell)) = patience.watcher {
                 tell(&ticket);
@@ -166,7 +176,12 @@ impl Armed<'_> {
                 }
             }
             let woken = self.keeper.store().woken(&ticket);
-            match clock::timeout_at(until.min(patience.deadline), woken).await {
+            let woken = clock::timeout_at(until.min(patience.deadline), woken);
+            let woken = match Lookout::beside(self.lookout.as_mut(), &ticket, woken).await {
+                Ok(woken) => woken,
+                Err(deadlock) => return Line::Failed(deadlock),
+            };
+            match woken {
                 Some(Woken::Granted { grant, sent }) => {
                     if valid_until(sent.boot, grant.ttl) > clock::now() {
                         return Line::Won(Won { grant, sent, suspect: self.suspect, was_handed: true });

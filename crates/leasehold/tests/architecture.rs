@@ -18,7 +18,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("conformance", &["types", "error", "store", "clock", "lease"]),
     ("cell", &["types", "error", "store", "clock", "lease"]),
     ("keeper", &["types", "error", "store", "clock", "lease", "cell"]),
-    ("wait", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper"]),
+    ("deadlock", &["types", "error", "store", "clock"]),
+    ("wait", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "deadlock"]),
     ("guard", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper"]),
     ("mutex", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "guard"]),
     (

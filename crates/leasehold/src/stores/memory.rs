@@ -402,9 +402,14 @@ impl Store for MemoryStore {
                 });
             }
             Query::Waits { owner } => {
-                let waits = |entry: &Entry| entry.line.iter().any(|place| place.belongs_to(owner));
-                let items = state.locks.iter().filter(|(_, entry)| waits(entry));
-                let items = items.map(|(name, entry)| entry.view(name, now)).collect();
+                let own = |entry: &Entry| {
+                    entry.line.iter().filter(|place| place.belongs_to(owner)).map(Place::view).collect()
+                };
+                let views = state
+                    .locks
+                    .iter()
+                    .map(|(name, entry)| LockView { queue: own(entry), ..entry.view(name, now) });
+                let items = views.filter(|view| !view.queue.is_empty()).collect();
                 return Ok(Page { items, next: None });
             }
             Query::Prefix { prefix, after, limit } => (prefix, after, (*limit).max(1)),
