@@ -135,7 +135,7 @@ fn other_files_are_refused_and_left_as_they_are() {
         assert!(!beside(file, "-gate").exists() && !beside(file, "-live").exists());
     }
     drop(open(&path));
-    change(&path, "PRAGMA user_version = 2");
+    change(&path, "PRAGMA user_version = 3");
     let error = refusal(&path);
     assert!(error.to_string().contains("newer"), "{error}");
 }
