@@ -220,11 +220,11 @@ fn main() {
     {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let store = open(Path::new(path));
-        return if role == "--waiter" {
-            runtime.block_on(waiter(store))
-        } else {
-            runtime.block_on(passer(store))
-        };
+        match role.as_str() {
+            "--waiter" => runtime.block_on(waiter(store)),
+            _ => runtime.block_on(passer(store)),
+        }
+        return;
     }
     let base = arguments.first().map_or_else(std::env::temp_dir, PathBuf::from);
     let folder = base.join(format!("leasehold-bench-{}", clock::claim_id()));

@@ -113,7 +113,7 @@ struct Call(Weak<Sender<Job>>);
 
 impl Wake for Call {
     fn wake(self: Arc<Self>) {
-        call(&self.0, |database| database.make_rounds());
+        call(&self.0, Database::make_rounds);
     }
 }
 
