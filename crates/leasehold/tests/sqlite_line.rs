@@ -19,6 +19,9 @@ mod processes;
 use processes::{PATIENCE, Process, say};
 
 const LONG: Duration = Duration::from_secs(3600);
+/// Long enough that the first look around after joining the line is over: what comes then is found by a ring or by the
+/// slow rounds only.
+const SETTLED: Duration = Duration::from_millis(300);
 /// Less than the rounds of waiters with a long TTL are apart, and far more than a wake-up takes.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -218,6 +221,7 @@ fn the_order_of_arrival_holds_over_processes() {
     assert_eq!((show(&store).waiters, show(&store).queue.len()), (5, 5));
     assert!(bells(&path).len() >= 5, "one for each process that waits");
     let mut last = held.token.unwrap();
+    pause(SETTLED);
     let before = clock::now();
     give_back(&store, &held);
     for mut waiter in waiters {
@@ -237,6 +241,7 @@ fn a_killed_holders_lock_goes_to_a_waiter_that_nobody_rings() {
     let token = holder.token();
     let mine = claim(LONG);
     let ticket = ticket(&store, &mine);
+    pause(SETTLED);
     holder.kill();
     let before = clock::now();
     let patient = clock::timeout_at(clock::now().plus(PATIENCE), store.woken(&ticket));
@@ -296,6 +301,7 @@ fn a_bell_reaches_into_a_container() {
     let mut waiter = Process::start_in(&container, "wait", &path, LONG);
     assert_eq!(waiter.line(), "ahead 0");
     until(|| !bells(&path).is_empty());
+    pause(SETTLED);
     let before = clock::now();
     give_back(&store, &held);
     assert!(waiter.token() > held.token.unwrap());

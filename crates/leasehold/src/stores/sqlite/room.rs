@@ -56,7 +56,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Room {
-    /// All lanes. Held for moments only, and never while the database is waited for.
+    /// All lanes. Held for moments only, never while the database is waited for, and never while somebody is woken: who
+    /// wakes may come back here.
     pub(super) fn lanes(&self) -> MutexGuard<'_, HashMap<Name, Lane>> {
         lock(&self.lanes)
     }
@@ -96,11 +97,13 @@ impl Room {
     pub(super) fn leave(&self, name: &Name, id: ClaimId) {
         let mut lanes = self.lanes();
         let Some(lane) = lanes.get_mut(name) else { return };
-        if let Some(waiting) = lane.waiting.remove(&id) {
-            waiting.tell_to_look();
-        }
+        let left = lane.waiting.remove(&id);
         if lane.waiting.is_empty() {
             lanes.remove(name);
+        }
+        drop(lanes);
+        if let Some(waiting) = left {
+            waiting.tell_to_look();
         }
     }
 
@@ -115,9 +118,17 @@ impl Room {
 
     /// Everybody is to present again.
     pub(super) fn tell_all_to_look(&self) {
-        for waiting in self.lanes().values().flat_map(|lane| lane.waiting.values()) {
-            waiting.tell_to_look();
-        }
+        self.everybody().iter().for_each(|waiting| waiting.tell_to_look());
+    }
+
+    /// All who wait.
+    pub(super) fn everybody(&self) -> Vec<Arc<Waiting>> {
+        self.lanes().values().flat_map(|lane| lane.waiting.values()).cloned().collect()
+    }
+
+    /// All who wait for one lock.
+    pub(super) fn waiting_for(&self, name: &Name) -> Vec<Arc<Waiting>> {
+        self.lanes().get(name).into_iter().flat_map(|lane| lane.waiting.values()).cloned().collect()
     }
 
     /// Waits for news of a claim; `Look` at once for one that is not here.

@@ -379,20 +379,18 @@ impl Database {
 
     /// Tells our waiters for one lock what was seen; adds those to `lost` whom nobody waits for any more.
     fn report(&mut self, name: &Name, sight: &Sight, before: Now, tell: bool, lost: &mut Vec<Claim>) {
-        let room = self.room.clone();
-        let mut lanes = room.lanes();
-        let Some(lane) = lanes.get_mut(name) else { return };
         let now = self.boot.now();
         let places: HashMap<ClaimId, usize> =
             sight.line.iter().enumerate().map(|(place, (claim, _))| (*claim, place)).collect();
         let mut first = usize::MAX;
-        for (id, waiting) in &lane.waiting {
-            if let Some(hold) = sight.hold.as_ref().filter(|hold| hold.claim == *id) {
-                self.take_over(name, hold, waiting);
+        for waiting in self.room.waiting_for(name) {
+            let id = waiting.claim.id;
+            if let Some(hold) = sight.hold.as_ref().filter(|hold| hold.claim == id) {
+                self.take_over(name, hold, &waiting);
                 if waiting.is_abandoned(before.boot) {
                     lost.push(waiting.claim.clone());
                 }
-            } else if let Some(place) = places.get(id) {
+            } else if let Some(place) = places.get(&id) {
                 first = first.min(*place);
                 let holder = sight.hold.as_ref().map(|hold| hold.show(now));
                 let ticket = Ticket::new(&waiting.claim).with_ahead(*place as u64).with_holder(holder);
@@ -401,7 +399,10 @@ impl Database {
                 waiting.tell_to_look();
             }
         }
-        self.plan(lane, sight, first);
+        let room = self.room.clone();
+        if let Some(lane) = room.lanes().get_mut(name) {
+            self.plan(lane, sight, first);
+        }
     }
 
     /// When to look at a lock again of which our first waiter has the place `first`, and whose death to watch for.
@@ -436,11 +437,7 @@ impl Database {
         if !self.rounds.has_waited {
             return true;
         }
-        let claims: Vec<Claim> = {
-            let lanes = self.room.lanes();
-            let waiting = lanes.values().flat_map(|lane| lane.waiting.values());
-            waiting.map(|waiting| waiting.claim.clone()).collect()
-        };
+        let claims: Vec<Claim> = self.room.everybody().iter().map(|waiting| waiting.claim.clone()).collect();
         let done = self.transaction(|transaction| {
             transaction.give_up(&claims)?;
             transaction.leave_all_lines()
