@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use leasehold::clock;
-use leasehold::store::{Store, Woken};
+use leasehold::store::{HAND_OFF_TTL, Store, Woken};
 use leasehold::stores::sqlite::{Options, SqliteStore};
-use leasehold::{Acquired, Claim, Grant, Held, LockView, Locks, Name, Query, Released, Status, Ticket};
+use leasehold::{
+    Acquired, Claim, Grant, Held, LockView, Locks, Name, Query, Released, Renewal, Status, Ticket,
+};
 use pollster::block_on;
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -231,6 +233,24 @@ fn the_order_of_arrival_holds_over_processes() {
     }
     assert!(wait_for(&store, &mine).token > last);
     assert!(clock::now().since(before) < SOON, "nobody was woken, the slow rounds found it");
+}
+
+#[test]
+fn a_handed_lease_is_short_at_first_and_counts_from_before_it_was_handed() {
+    let (_folder, path) = place();
+    let (store, other) = (open(&path), open(&path));
+    let held = take(&store);
+    let mine = claim(LONG);
+    let ticket = ticket(&other, &mine);
+    give_back(&store, &held);
+    // It asks a while after it was handed the lock.
+    pause(SETTLED);
+    let Woken::Granted { grant, sent } = block_on(other.woken(&ticket)) else { panic!("not granted") };
+    assert_eq!(grant.ttl, HAND_OFF_TTL);
+    let remaining = show(&store).holder.unwrap().remaining.unwrap();
+    assert!(sent.boot.plus(grant.ttl) <= clock::now().plus(remaining), "trusted for longer than it is kept");
+    let renewed = block_on(other.renew(&[Held::new(&mine, &grant)])).pop().unwrap().unwrap();
+    assert!(matches!(renewed, Renewal::Renewed(left) if left == LONG), "{renewed:?}");
 }
 
 #[test]
