@@ -226,7 +226,8 @@ fn the_order_of_arrival_holds_over_processes() {
     pause(SETTLED);
     let before = clock::now();
     give_back(&store, &held);
-    for mut waiter in waiters {
+    // Not one by one to their end: dropped, a process is killed, and this is about those who give back.
+    for waiter in &mut waiters {
         let token = waiter.token();
         assert!(token > last, "{token} after {last}");
         last = token;
