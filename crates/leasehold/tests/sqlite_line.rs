@@ -469,6 +469,22 @@ fn what_is_handed_to_one_who_has_gone_is_passed_on() {
 }
 
 #[test]
+fn a_claim_that_nobody_waits_for_is_taken_out_of_line_by_its_own_process() {
+    let (_folder, path) = place();
+    let (store, other) = (open(&path), open(&path));
+    let _held = take(&store);
+    let (gone, mine) = (claim(Duration::from_millis(300)), claim(Duration::from_millis(600)));
+    assert_eq!((line_up(&other, &gone), line_up(&other, &mine)), (0, 1));
+    std::thread::scope(|scope| {
+        let patience = clock::now().plus(Duration::from_secs(2));
+        scope.spawn(|| assert!(block_on(clock::timeout_at(patience, wait(&other, &mine))).is_none()));
+        // The process lives and is heard of, for the other's sake.
+        until(|| count(&path, "SELECT count(*) FROM queue") == 1);
+    });
+    assert_eq!(show(&store).queue[0].id, mine.id);
+}
+
+#[test]
 fn a_store_that_is_dropped_leaves_the_line() {
     let (_folder, path) = place();
     let (store, other) = (open(&path), open(&path));
