@@ -475,13 +475,13 @@ fn a_claim_that_nobody_waits_for_is_taken_out_of_line_by_its_own_process() {
     let _held = take(&store);
     let (gone, mine) = (claim(Duration::from_millis(300)), claim(Duration::from_millis(600)));
     assert_eq!((line_up(&other, &gone), line_up(&other, &mine)), (0, 1));
+    let patience = clock::now().plus(Duration::from_secs(2));
     std::thread::scope(|scope| {
-        let patience = clock::now().plus(Duration::from_secs(2));
         scope.spawn(|| assert!(block_on(clock::timeout_at(patience, wait(&other, &mine))).is_none()));
         // The process lives and is heard of, for the other's sake.
         until(|| count(&path, "SELECT count(*) FROM queue") == 1);
+        assert_eq!(show(&store).queue[0].id, mine.id);
     });
-    assert_eq!(show(&store).queue[0].id, mine.id);
 }
 
 #[test]
