@@ -135,9 +135,60 @@ fn other_files_are_refused_and_left_as_they_are() {
         assert!(!beside(file, "-gate").exists() && !beside(file, "-live").exists());
     }
     drop(open(&path));
-    change(&path, "PRAGMA user_version = 2");
+    change(&path, "PRAGMA user_version = 3");
     let error = refusal(&path);
     assert!(error.to_string().contains("newer"), "{error}");
+}
+
+/// What the first version wrote, word for word.
+const FIRST_SCHEMA: &str = "
+    PRAGMA journal_mode = WAL;
+    CREATE TABLE locks (
+        name BLOB NOT NULL PRIMARY KEY,
+        token INTEGER NOT NULL,
+        claim BLOB,
+        boot BLOB,
+        expires INTEGER,
+        lifeline BLOB,
+        granted INTEGER,
+        record TEXT
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE withdrawn (
+        claim BLOB NOT NULL PRIMARY KEY,
+        boot BLOB NOT NULL,
+        until INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    PRAGMA application_id = 0x4c734864;
+    PRAGMA user_version = 1;
+";
+
+#[test]
+fn a_database_of_the_first_version_is_brought_up_to_date_in_place() {
+    let (_folder, path) = place();
+    change(&path, FIRST_SCHEMA);
+    // A hold of that version, by a claim that is bound to nothing, and a claim that was withdrawn.
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().replace('-', "");
+    let far = i64::MAX / 2;
+    let (old, gone) = (claim("old").with_binding(Binding::Expiry), claim("new"));
+    change(
+        &path,
+        &format!(
+            "INSERT INTO locks VALUES (CAST('old' AS BLOB), 77, x'{}', x'{boot}', {far}, NULL, 5, '{{}}');
+             INSERT INTO withdrawn VALUES (x'{}', x'{boot}', {far})",
+            old.id, gone.id
+        ),
+    );
+    let stores: Vec<_> = (0..2).map(|_| open(&path)).collect();
+    assert!(is_busy(&stores[1], "old"));
+    let held = take(&stores[0], &old);
+    assert_eq!(held.token.map(leasehold::FencingToken::get), Some(77), "the same claim has its grant");
+    assert_eq!(block_on(stores[0].acquire(&gone)).unwrap_err().kind(), ErrorKind::Rejected);
+    // And it has a line now.
+    let next = claim("old").with_queue(true);
+    let waiting = block_on(stores[1].acquire(&next)).unwrap();
+    assert!(matches!(&waiting, Acquired::Queued(ticket) if ticket.ahead() == Some(0)), "{waiting:?}");
+    assert_eq!(block_on(stores[0].release(&held)).unwrap(), Released::Released);
+    assert!(take(&stores[1], &next).token > held.token);
 }
 
 #[test]

@@ -5,9 +5,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use leasehold::Error;
@@ -19,10 +18,10 @@ use pollster::block_on;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+mod processes;
+use processes::{PATIENCE, Process, say};
+
 const LONG: Duration = Duration::from_secs(3600);
-/// Far more than a slow machine needs, so that what never happens fails and does not hang.
-const PATIENCE: Duration = Duration::from_secs(60);
-const MARK: &str = "@@ ";
 
 fn place() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -59,77 +58,6 @@ fn attempt_until_granted(store: &SqliteStore) -> Grant {
     }
 }
 
-/// Another process, which says what it does line by line. Dropping it kills it.
-struct Process {
-    child: Child,
-    lines: BufReader<ChildStderr>,
-}
-
-impl Process {
-    fn start(task: &str, path: &Path, ttl: Duration) -> Self {
-        Self::start_by(&mut Command::new(std::env::current_exe().unwrap()), task, path, ttl)
-    }
-
-    /// Starts it by another program's command line, which ends before the program to run.
-    fn start_in(wrapper: &[&str], task: &str, path: &Path, ttl: Duration) -> Self {
-        let mut command = Command::new(wrapper[0]);
-        command.args(&wrapper[1..]).arg(std::env::current_exe().unwrap());
-        Self::start_by(&mut command, task, path, ttl)
-    }
-
-    fn start_by(command: &mut Command, task: &str, path: &Path, ttl: Duration) -> Self {
-        let mut child = command
-            .args(["--exact", "another_process", "--nocapture", "--test-threads=1"])
-            .env("LEASEHOLD_TEST_TASK", task)
-            .env("LEASEHOLD_TEST_PATH", path)
-            .env("LEASEHOLD_TEST_TTL_MS", ttl.as_millis().to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("{command:?} cannot be run: {e} (unshare comes with util-linux)"));
-        let lines = BufReader::new(child.stderr.take().unwrap());
-        Self { child, lines }
-    }
-
-    fn line(&mut self) -> String {
-        let mut seen = String::new();
-        loop {
-            let mut line = String::new();
-            let read = self.lines.read_line(&mut line).unwrap();
-            assert!(
-                read > 0,
-                "it ended early: {seen} (is unshare of util-linux there, and are user namespaces allowed?)"
-            );
-            if let Some(said) = line.strip_prefix(MARK) {
-                return said.trim_end().to_owned();
-            }
-            seen += &line;
-        }
-    }
-
-    fn token(&mut self) -> FencingToken {
-        let line = self.line();
-        FencingToken::new(line.strip_prefix("held ").unwrap_or_else(|| panic!("{line}")).parse().unwrap())
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// What the other processes do; in the test run itself there is no task and nothing to do.
 #[test]
 fn another_process() {
@@ -147,11 +75,6 @@ fn another_process() {
         },
         other => panic!("{other}"),
     }
-}
-
-fn say(text: &str) {
-    // In one write, so that nothing gets between.
-    std::io::stderr().write_all(format!("{MARK}{text}\n").as_bytes()).unwrap();
 }
 
 fn say_error(error: &Error) {

@@ -11,6 +11,9 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension};
 use super::boot::{Boot, micros};
 use super::files::Identity;
 use super::lifeline::{LifelineId, Lifelines};
+use super::line::Handed;
+use super::room::Room;
+use super::rounds::Rounds;
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::Name;
@@ -40,7 +43,12 @@ pub(super) struct Database {
     /// Processes whose holds this round of cleaning up clears, and then their files.
     doomed: Vec<LifelineId>,
     /// Locks bound to our own lifeline, as far as we know: while there are none its file can go.
-    bound: HashSet<Name>,
+    pub(super) bound: HashSet<Name>,
+    /// Handed on by the transaction under way.
+    handed: Vec<Handed>,
+    /// Those who wait through this store, and what is done for them.
+    pub(super) room: Arc<Room>,
+    pub(super) rounds: Rounds,
 }
 
 /// What a verb sees inside its transaction.
@@ -53,6 +61,10 @@ pub(super) struct Transaction<'a> {
     pub(super) now: i64,
     /// Locks bound to our own lifeline.
     pub(super) bound: &'a mut HashSet<Name>,
+    /// Those who wait through our own store.
+    pub(super) room: &'a Room,
+    /// What was handed on, to be told after the commit.
+    pub(super) handed: &'a mut Vec<Handed>,
 }
 
 impl Database {
@@ -79,6 +91,9 @@ impl Database {
             tidied_to: Vec::new(),
             doomed: Vec::new(),
             bound: HashSet::new(),
+            handed: Vec::new(),
+            room: Arc::default(),
+            rounds: Rounds::default(),
         }
     }
 
@@ -140,12 +155,18 @@ impl Database {
             lifelines: &self.lifelines,
             now: self.boot.now(),
             bound: &mut self.bound,
+            room: &self.room,
+            handed: &mut self.handed,
         };
         let done = work(&mut transaction);
         let done = done.and_then(|out| execute(&self.connection, "COMMIT").map(|()| out));
         if done.is_err() && !self.connection.is_autocommit() {
             // If this fails too the next BEGIN says so.
             let _ = execute(&self.connection, "ROLLBACK");
+        }
+        let handed = std::mem::take(&mut self.handed);
+        if done.is_ok() && !handed.is_empty() {
+            self.ring(handed);
         }
         done.map_err(|e| e.on_store(&self.location))
     }
@@ -188,6 +209,9 @@ impl Database {
 
     /// Leaves nothing behind that can be cleared away: called at the end of the store.
     pub(super) fn retire(&mut self) {
+        if !self.stop_waiting() {
+            return;
+        }
         // What is bound to it may be kept by a child; whoever finds all of them dead clears it away.
         if self.bound.is_empty() {
             self.lifelines.bury(self.lifelines.id());
@@ -200,45 +224,68 @@ impl Transaction<'_> {
     ///
     /// A token is at least the wall clock of its grant in microseconds, so it tells its own age, and a token made anew
     /// after it was forgotten is larger.
-    fn tidy(&self, after: &[u8], oldest: i64, doomed: &[LifelineId]) -> Result<Vec<u8>> {
-        let step = || {
-            let last: Option<Vec<u8>> = self
-                .connection
-                .prepare_cached(
-                    "SELECT name FROM (SELECT name FROM locks WHERE name > ?1 ORDER BY name LIMIT ?2) \
-                     ORDER BY name DESC LIMIT 1",
-                )?
-                .query_row((after, TIDY_STEP), |row| row.get(0))
-                .optional()?;
-            if let Some(last) = &last {
-                for id in doomed {
-                    self.connection
-                        .prepare_cached(
-                            "UPDATE locks SET claim = NULL, lifeline = NULL, record = NULL \
-                             WHERE name > ?1 AND name <= ?2 AND lifeline = ?3",
-                        )?
-                        .execute((after, last, id.as_bytes()))?;
-                }
+    fn tidy(&mut self, after: &[u8], oldest: i64, doomed: &[LifelineId]) -> Result<Vec<u8>> {
+        if after.is_empty() {
+            for id in doomed {
+                self.forget_waiters(*id)?;
+            }
+        }
+        let (last, waited_for) =
+            self.tidy_locks(after, oldest, doomed).map_err(|e| failure("clean up", e))?;
+        for name in waited_for.iter().filter_map(|name| Name::new(name).ok()) {
+            self.hand_on(&name)?;
+        }
+        Ok(last)
+    }
+
+    /// The part of a step that looks at no line; gives the name where it ended, and the locks for which somebody waits.
+    fn tidy_locks(
+        &self,
+        after: &[u8],
+        oldest: i64,
+        doomed: &[LifelineId],
+    ) -> rusqlite::Result<(Vec<u8>, Vec<Vec<u8>>)> {
+        let last: Option<Vec<u8>> = self
+            .connection
+            .prepare_cached(
+                "SELECT name FROM (SELECT name FROM locks WHERE name > ?1 ORDER BY name LIMIT ?2) \
+                 ORDER BY name DESC LIMIT 1",
+            )?
+            .query_row((after, TIDY_STEP), |row| row.get(0))
+            .optional()?;
+        let mut waited_for = Vec::new();
+        if let Some(last) = &last {
+            for id in doomed {
                 self.connection
                     .prepare_cached(
-                        "DELETE FROM locks WHERE name > ?1 AND name <= ?2 AND token < ?3 \
-                         AND (claim IS NULL OR expires <= ?5 OR (boot <> ?4 AND lifeline IS NULL))",
+                        "UPDATE locks SET claim = NULL, lifeline = NULL, record = NULL \
+                         WHERE name > ?1 AND name <= ?2 AND lifeline = ?3 AND line = 0",
                     )?
-                    .execute((after, last, oldest, self.boot.id(), self.now))?;
+                    .execute((after, last, id.as_bytes()))?;
             }
+            waited_for = self
+                .connection
+                .prepare_cached("SELECT name FROM locks WHERE name > ?1 AND name <= ?2 AND line <> 0")?
+                .query_map((after, last), |row| row.get(0))?
+                .collect::<rusqlite::Result<_>>()?;
             self.connection
                 .prepare_cached(
-                    "DELETE FROM withdrawn WHERE claim IN \
-                     (SELECT claim FROM withdrawn WHERE boot <> ?1 OR until <= ?2 LIMIT ?3)",
+                    "DELETE FROM locks WHERE name > ?1 AND name <= ?2 AND token < ?3 AND line = 0 \
+                     AND (claim IS NULL OR expires <= ?5 OR (boot <> ?4 AND lifeline IS NULL))",
                 )?
-                .execute((self.boot.id(), self.now, TIDY_STEP))?;
-            Ok(last.unwrap_or_default())
-        };
-        step().map_err(|e| failure("clean up", e))
+                .execute((after, last, oldest, self.boot.id(), self.now))?;
+        }
+        self.connection
+            .prepare_cached(
+                "DELETE FROM withdrawn WHERE claim IN \
+                 (SELECT claim FROM withdrawn WHERE boot <> ?1 OR until <= ?2 LIMIT ?3)",
+            )?
+            .execute((self.boot.id(), self.now, TIDY_STEP))?;
+        Ok((last.unwrap_or_default(), waited_for))
     }
 }
 
-fn execute(connection: &Connection, sql: &str) -> Result<()> {
+pub(super) fn execute(connection: &Connection, sql: &str) -> Result<()> {
     connection
         .prepare_cached(sql)
         .and_then(|mut statement| statement.execute([]))

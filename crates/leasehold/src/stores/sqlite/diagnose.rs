@@ -178,7 +178,8 @@ fn liveness(database: &Database) -> Finding {
     let stores = lifeline::count(&database.path).unwrap_or(0);
     if database.lifelines.in_place() {
         let meaning = "locks of a killed process pass on at once";
-        return Finding::new(CHECK, Severity::Good, format!("{stores} stores open at most"), meaning);
+        let found = format!("{stores} stores open at most, {}", waiters(database));
+        return Finding::new(CHECK, Severity::Good, found, meaning);
     }
     Finding::new(
         CHECK,
@@ -186,4 +187,10 @@ fn liveness(database: &Database) -> Finding {
         "this process's file is missing",
         "somebody removed it: if this process is killed its locks pass on at the end of their TTL only",
     )
+}
+
+/// How many claims stand in line, those of the dead that nobody has met yet among them.
+fn waiters(database: &Database) -> String {
+    let count = database.connection.query_row("SELECT count(*) FROM queue", [], |row| row.get::<_, i64>(0));
+    count.map_or_else(|_| "waiters not known".into(), |count| format!("{count} waiters in line"))
 }

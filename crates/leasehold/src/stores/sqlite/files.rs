@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -235,6 +235,26 @@ pub(super) fn create_private(path: &Path, database: &Metadata) -> Result<File> {
         .map_err(|e| unusable(path, e))?;
     hand_over(path, database);
     Ok(file)
+}
+
+/// Makes a private pipe with a name, which must be new, and opens it.
+///
+/// For reading and writing: so a reader never sees its end, and a writer whose reader is gone gets no signal.
+pub(super) fn create_pipe(path: &Path, database: &Metadata) -> io::Result<File> {
+    rustix::fs::mkfifoat(rustix::fs::CWD, path, rustix::fs::Mode::from_raw_mode(PRIVATE_FILE))?;
+    hand_over(path, database);
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+/// Opens a pipe that another process made, to write into it without ever waiting.
+pub(super) fn open_pipe(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOFOLLOW;
+    let flags = flags.bits().cast_signed();
+    let pipe = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
+    if !pipe.metadata()?.file_type().is_fifo() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no pipe"));
+    }
+    Ok(pipe)
 }
 
 /// Makes a private folder, unless it is there.

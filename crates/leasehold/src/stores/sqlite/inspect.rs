@@ -6,9 +6,10 @@ use rusqlite::{OptionalExtension, Params};
 
 use super::database::{Database, failure};
 use super::lifeline::{Life, LifelineId};
+use super::line::{PLACES, Place};
 use super::verbs::{LOCK_COLUMNS, Lock};
 use crate::error::Result;
-use crate::types::{Holder, LockView, Name, Page, Query};
+use crate::types::{Holder, LockView, Name, Page, Query, Record, Waiter};
 
 /// Rows read at a time; most of them may be of locks that are free by now.
 const CHUNK: usize = 256;
@@ -19,7 +20,7 @@ pub(super) fn inspect(database: &Database, query: &Query) -> Result<Page<LockVie
     let mut look = Look { database, seen: HashMap::new() };
     match query {
         Query::One(name) => Ok(Page { items: vec![look.one(name)?], next: None }),
-        Query::Waits { .. } => Ok(Page { items: Vec::new(), next: None }),
+        Query::Waits { owner } => look.waits(owner),
         Query::Prefix { prefix, after, limit } => look.list(prefix, after.as_ref(), *limit),
     }
     .map_err(|e: crate::error::Error| e.on_store(&database.location))
@@ -44,8 +45,51 @@ impl Look<'_> {
         if let Some(lock) = lock {
             view.holder = self.holder(&lock);
             view.last_token = Some(lock.token);
+            if lock.line {
+                view.queue = self.line(name)?;
+                view.waiters = view.queue.len() as u64;
+            }
         }
         Ok(view)
+    }
+
+    /// Who waits for a lock, in order; not those who are known to be gone.
+    fn line(&mut self, name: &Name) -> Result<Vec<Waiter>> {
+        let Database { connection, boot, lifelines, .. } = self.database;
+        let now = boot.now();
+        let places: Vec<Place> = connection
+            .prepare_cached(PLACES)
+            .and_then(|mut statement| statement.query_map([name.as_bytes()], Place::read)?.collect())
+            .map_err(|e| failure("read a line", e))?;
+        let mut lives = |place: &Place| {
+            let id = place.lifeline;
+            place.lives(boot, now, *self.seen.entry(id).or_insert_with(|| lifelines.life(id)))
+        };
+        Ok(places.iter().filter(|place| lives(place)).map(Place::show).collect())
+    }
+
+    /// The locks that a claim of `owner` waits for.
+    fn waits(&mut self, owner: &str) -> Result<Page<LockView>> {
+        let rows: Vec<(Vec<u8>, String)> = self
+            .database
+            .connection
+            .prepare_cached("SELECT name, record FROM queue ORDER BY name")
+            .and_then(|mut statement| {
+                statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+            })
+            .map_err(|e| failure("read the lines", e))?;
+        let is_its = |waiter: &Option<Record>| {
+            waiter.as_ref().and_then(|record| record.owner.as_deref()) == Some(owner)
+        };
+        let mut names: Vec<Name> = rows
+            .iter()
+            .filter(|(_, record)| is_its(&Record::decode(record.as_bytes())))
+            .filter_map(|(name, _)| Name::new(name).ok())
+            .collect();
+        names.dedup();
+        let views: Result<Vec<LockView>> = names.iter().map(|name| self.one(name)).collect();
+        let waits = |view: &LockView| view.queue.iter().any(|waiter| is_its(&waiter.record));
+        Ok(Page { items: views?.into_iter().filter(waits).collect(), next: None })
     }
 
     fn list(&mut self, prefix: &[u8], after: Option<&Name>, limit: usize) -> Result<Page<LockView>> {
@@ -68,6 +112,9 @@ impl Look<'_> {
                 let Ok(name) = Name::new(&lock.name) else { continue };
                 let mut view = LockView::free(name);
                 (view.holder, view.last_token) = (Some(holder), Some(lock.token));
+                if lock.line {
+                    view.waiters = self.line(&view.name)?.len() as u64;
+                }
                 items.push(view);
             }
             if at_end {
@@ -100,7 +147,7 @@ impl Look<'_> {
         let Database { boot, lifelines, .. } = self.database;
         let now = boot.now();
         let hold = lock.live(boot, now, |id| *self.seen.entry(id).or_insert_with(|| lifelines.life(id)));
-        hold.map(|hold| hold.show(lock.token, now))
+        hold.map(|hold| hold.show(now))
     }
 }
 

@@ -16,6 +16,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// How many dead processes are cleared away together: cleaning up is shared work, done in small steps.
 const SWEEP_STEP: usize = 8;
 
+/// What the name of a bell has more than that of the file beside it.
+const BELL: &str = ".bell";
+
 /// The name of a lifeline: 16 random bytes, then the inode number of its file.
 ///
 /// With the number a copy of the file (a restored backup), which nobody locks, is not taken for a dead process.
@@ -106,6 +109,11 @@ impl Lifelines {
         self.folder.join(id.file_name())
     }
 
+    /// Where the bell of a process hangs, while it has one.
+    pub(super) fn bell(&self, id: LifelineId) -> PathBuf {
+        files::beside(&self.path(id), BELL)
+    }
+
     /// What its file says of a process. One that is missing, another's or out of reach says nothing.
     pub(super) fn life(&self, id: LifelineId) -> Life {
         if id == self.id {
@@ -124,7 +132,8 @@ impl Lifelines {
 
     /// Removes the file of a process that is dead and of whose holds no row is left.
     pub(super) fn bury(&self, id: LifelineId) {
-        // If it fails, a later opening sweeps it up.
+        // If it fails, a later opening sweeps it up: the bell goes first, as it is found by the file.
+        let _ = fs::remove_file(self.bell(id));
         let _ = fs::remove_file(self.path(id));
     }
 
@@ -156,7 +165,9 @@ fn parse_file_name(name: &str) -> Option<[u8; 16]> {
 
 /// How many stores have a file beside `database`, for an operator's look.
 pub(super) fn count(database: &Path) -> io::Result<usize> {
-    fs::read_dir(files::beside(database, "-live")).map(|entries| entries.flatten().count())
+    let is_bell = |entry: &fs::DirEntry| entry.file_name().as_encoded_bytes().ends_with(BELL.as_bytes());
+    fs::read_dir(files::beside(database, "-live"))
+        .map(|entries| entries.flatten().filter(|entry| !is_bell(entry)).count())
 }
 
 #[cfg(test)]

@@ -2,15 +2,21 @@
 //!
 //! What it promises and what it does not stands in `docs/sqlite.md`. Inside: `worker` is the thread that does the
 //! blocking work, `database` gives each verb one transaction behind the gate, `verbs` and `inspect` are what is done in
-//! it, `lifeline` tells who is dead, `open` and `files` refuse what is no database of ours.
+//! it, `line` is who waits and to whom a lock is handed on, `room` and `rounds` are what a process does for its own waiters,
+//! `bell` is how another process wakes them, `lifeline` tells who is dead, `open` and `files` refuse what is no database of
+//! ours.
 
+mod bell;
 mod boot;
 mod database;
 mod diagnose;
 mod files;
 mod inspect;
 mod lifeline;
+mod line;
 mod open;
+mod room;
+mod rounds;
 mod verbs;
 mod worker;
 
@@ -28,6 +34,7 @@ use crate::types::{
     Acquired, Claim, Fencing, Finding, Guarantees, Held, LockView, Page, Persistence, Query, Released,
     Renewal, Severity, Ticket,
 };
+use room::Room;
 use worker::Worker;
 
 /// How many locks one transaction renews; more take several, so that other processes get their turn between.
@@ -86,6 +93,7 @@ pub struct SqliteStore {
     location: Arc<str>,
     guarantees: Guarantees,
     lifeline: Arc<File>,
+    room: Arc<Room>,
 }
 
 impl SqliteStore {
@@ -97,10 +105,11 @@ impl SqliteStore {
     /// newer version, to a network file system, or nothing can be written there; what is there is left as it is.
     /// `Unsupported` without `/proc`.
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
-        let (worker, (location, lifeline)) = Worker::start(path.to_owned(), options.clone(), |database| {
-            (database.location.clone(), database.lifelines.file())
-        })?;
-        Ok(Self { worker, location, guarantees: guarantees(), lifeline })
+        let (worker, (location, lifeline, room)) =
+            Worker::start(path.to_owned(), options.clone(), |database| {
+                (database.location.clone(), database.lifelines.file(), database.room.clone())
+            })?;
+        Ok(Self { worker, location, guarantees: guarantees(), lifeline, room })
     }
 
     fn check_ttl(&self, ttl: Duration) -> Result<()> {
@@ -118,9 +127,9 @@ impl SqliteStore {
 
     async fn renew_some(&self, held: Vec<Held>) -> Vec<Result<Renewal>> {
         let count = held.len();
-        let done = self
-            .worker
-            .transact(move |transaction| held.iter().map(|held| transaction.renew(held)).collect());
+        let done = self.worker.transact(move |database| {
+            database.transaction(|transaction| held.iter().map(|held| transaction.renew(held)).collect())
+        });
         let renewals: Result<Vec<Renewal>> = done.await;
         match renewals {
             Ok(renewals) => renewals.into_iter().map(Ok).collect(),
@@ -141,6 +150,7 @@ impl SqliteStore {
 fn guarantees() -> Guarantees {
     let mut guarantees = Guarantees::strict(format!("SQLite {}", rusqlite::version()));
     guarantees.fencing = Fencing::TimeFloor;
+    guarantees.fifo = true;
     // Synchronous NORMAL: a killed process loses nothing, a power cut may lose the last moments.
     guarantees.persistence = Persistence::Log;
     guarantees.frees_at_process_death = true;
@@ -154,12 +164,12 @@ fn guarantees() -> Guarantees {
 impl Store for SqliteStore {
     async fn acquire(&self, claim: &Claim) -> Result<Acquired> {
         self.check_ttl(claim.ttl).map_err(|e| e.for_name(&claim.name))?;
-        let asked = claim.clone();
-        self.worker.transact(move |transaction| transaction.acquire(&asked)).await
+        let (asked, sent) = (claim.clone(), clock::look());
+        self.worker.transact(move |database| database.acquire(&asked, sent)).await
     }
 
-    async fn woken(&self, _ticket: &Ticket) -> Woken {
-        Woken::Look
+    async fn woken(&self, ticket: &Ticket) -> Woken {
+        self.room.woken(ticket).await
     }
 
     async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>> {
@@ -181,7 +191,7 @@ impl Store for SqliteStore {
 
     async fn release(&self, held: &Held) -> Result<Released> {
         let held = held.clone();
-        self.worker.transact(move |transaction| transaction.release(&held)).await
+        self.worker.transact(move |database| database.release(&held)).await
     }
 
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
@@ -200,7 +210,7 @@ impl Store for SqliteStore {
     async fn diagnose(&self) -> Vec<Finding> {
         let asked = clock::now();
         let deadline = asked.plus(DIAGNOSE_TIMEOUT);
-        let empty = self.worker.transact(|_| Ok(()));
+        let empty = self.worker.transact(|database| database.transaction(|_| Ok(())));
         let Some(answer) = clock::timeout_at(deadline, empty).await else {
             return vec![diagnose::round_trip(None)];
         };

@@ -15,10 +15,12 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// `LsHd` in the header says that the file is ours.
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"LsHd");
-/// The version of the schema below.
-const SCHEMA_VERSION: i32 = 1;
+/// The version of the schema below, both parts together.
+const SCHEMA_VERSION: i32 = 2;
+/// The first version: without a line of waiters. It is brought up to date in place when it is opened.
+const FIRST_VERSION: i32 = 1;
 
-/// One row a name: who holds it, and the last token, which stays after the hold.
+/// The first part of the schema. One row a name: who holds it, and the last token, which stays after the hold.
 ///
 /// `expires` is in microseconds of the boot-time clock and means something in the boot `boot` only; `granted` is the
 /// wall clock in microseconds, for display. A hold that is bound to no process has no `lifeline`. There is no index but
@@ -38,6 +40,39 @@ const SCHEMA: &str = "
         claim BLOB NOT NULL PRIMARY KEY,
         boot BLOB NOT NULL,
         until INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+";
+
+/// The second part of the schema: the waiters.
+///
+/// `locks.line` says whether somebody may stand in line, so that a lock for which nobody waits costs no look at the line;
+/// `locks.spare` is how many tokens of the last grant come after its first. The order of `seq` is the order of arrival;
+/// `queue.lifeline` is the process that waits, `bound` whether the grant is to be bound to it. `waiting` says when a process
+/// was last heard of, by the boot-time clock: one row for all its waiters.
+///
+/// A program that knows the first part only goes on working with the file: it looks at no line, and so may come before its
+/// turn, but excludes and is excluded.
+const LINE: &str = "
+    ALTER TABLE locks ADD COLUMN line INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE locks ADD COLUMN spare INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE queue (
+        seq INTEGER PRIMARY KEY,
+        name BLOB NOT NULL,
+        claim BLOB NOT NULL,
+        lifeline BLOB NOT NULL,
+        bound INTEGER NOT NULL,
+        ttl INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        since INTEGER NOT NULL,
+        record TEXT NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX queue_claim ON queue (name, claim);
+    CREATE INDEX queue_order ON queue (name, seq);
+    CREATE INDEX queue_lifeline ON queue (lifeline);
+    CREATE TABLE waiting (
+        lifeline BLOB NOT NULL PRIMARY KEY,
+        boot BLOB NOT NULL,
+        heard INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
 ";
 
@@ -97,8 +132,18 @@ fn recognise_at_once(connection: &Connection) -> Result<()> {
     recognised.map(drop)
 }
 
-/// Whether the file is a database of ours (true) or an empty one (false). Anything else is an error. Writes nothing.
-fn recognise(connection: &Connection) -> Result<bool> {
+/// What was found in a file that may be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Empty,
+    /// Ours, of the first version.
+    First,
+    /// Ours, of this version.
+    Ours,
+}
+
+/// Whether the file is a database of ours or an empty one. Anything else is an error. Writes nothing.
+fn recognise(connection: &Connection) -> Result<Found> {
     let refused =
         |what: String, advice: &'static str| Err(Error::new(ErrorKind::Rejected, what).advise(advice));
     let application = pragma(connection, "application_id")?;
@@ -113,7 +158,7 @@ fn recognise(connection: &Connection) -> Result<bool> {
         );
     }
     if application == 0 && version == 0 && objects == 0 {
-        return Ok(false);
+        return Ok(Found::Empty);
     }
     if application != i64::from(APPLICATION_ID) {
         return refused(
@@ -122,7 +167,8 @@ fn recognise(connection: &Connection) -> Result<bool> {
         );
     }
     match version.cmp(&i64::from(SCHEMA_VERSION)) {
-        std::cmp::Ordering::Equal => Ok(true),
+        std::cmp::Ordering::Equal => Ok(Found::Ours),
+        std::cmp::Ordering::Less if version == i64::from(FIRST_VERSION) => Ok(Found::First),
         std::cmp::Ordering::Greater => refused(
             format!("the lock database has schema version {version}, this program knows {SCHEMA_VERSION}"),
             "it was made by a newer Leasehold: update this program, or give another path",
@@ -149,8 +195,11 @@ fn prepare(connection: &Connection) -> Result<()> {
     connection.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
     connection.pragma_update(None, "journal_size_limit", LOG_LIMIT).map_err(failed)?;
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
-    let ours = recognise(connection);
-    let ready = ours.and_then(|ours| if ours { check(connection) } else { make(connection) });
+    let ready = recognise(connection).and_then(|found| match found {
+        Found::Ours => check(connection),
+        Found::First => check(connection).and_then(|()| update(connection)),
+        Found::Empty => make(connection),
+    });
     // The log and its index exist from here on, as this transaction was begun.
     connection.execute_batch(if ready.is_ok() { "COMMIT" } else { "ROLLBACK" }).map_err(failed)?;
     ready
@@ -160,6 +209,13 @@ fn make(connection: &Connection) -> Result<()> {
     let failed = |e| failure("be made", e);
     connection.execute_batch(SCHEMA).map_err(failed)?;
     connection.pragma_update(None, "application_id", APPLICATION_ID).map_err(failed)?;
+    update(connection)
+}
+
+/// Brings the first version up to date; it all happens in the caller's transaction, or not at all.
+fn update(connection: &Connection) -> Result<()> {
+    let failed = |e| failure("be brought up to date", e);
+    connection.execute_batch(LINE).map_err(failed)?;
     connection.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(failed)
 }
 

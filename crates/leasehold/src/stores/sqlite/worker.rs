@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::database::{Database, Transaction};
+use super::database::Database;
 use super::{Options, open};
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,13 +20,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const FAREWELL: Duration = Duration::from_millis(100);
 
 /// A request; it finds out itself whether anybody still waits for its answer, and gives back how to answer.
-type Job = Box<dyn FnOnce(&mut Database) -> Option<Answer> + Send>;
-type Answer = Box<dyn FnOnce() + Send>;
+pub(super) type Job = Box<dyn FnOnce(&mut Database) -> Option<Answer> + Send>;
+pub(super) type Answer = Box<dyn FnOnce() + Send>;
 
 /// The handle of the thread. Dropping it lets the thread finish what was asked and end.
 #[derive(Debug)]
 pub(super) struct Worker {
-    jobs: Option<Sender<Job>>,
+    jobs: Option<Arc<Sender<Job>>>,
     ended: Mutex<Receiver<()>>,
 }
 
@@ -38,6 +38,8 @@ impl Worker {
         look: impl FnOnce(&Database) -> T + Send + 'static,
     ) -> Result<(Self, T)> {
         let (jobs, inbox) = channel();
+        let jobs = Arc::new(jobs);
+        let caller = Arc::downgrade(&jobs);
         let (opened, answer) = channel();
         let (farewell, ended) = channel();
         let work = move || {
@@ -45,6 +47,7 @@ impl Worker {
                 Ok(database) => database,
                 Err(error) => return drop(opened.send(Err(error))),
             };
+            database.rounds.call_by(caller);
             if opened.send(Ok(look(&database))).is_ok() {
                 serve(&mut database, &inbox);
             }
@@ -72,16 +75,16 @@ impl Worker {
         answer.await.map_err(|_| ended_early())
     }
 
-    /// Has the thread do `work` in a transaction and waits for its answer.
+    /// Has the thread do `work`, a transaction, in its turn at the gate and waits for its answer.
     ///
     /// # Cancel safety
-    /// Dropped before its transaction began, nothing is done; dropped later, all of it.
+    /// Dropped before its turn came, nothing is done; dropped later, all of it.
     ///
     /// # Errors
     /// Those of `work`, and `Unknown` if no answer came in five seconds.
     pub(super) async fn transact<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Transaction<'_>) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&mut Database) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         self.send(Box::new(move |database| {
@@ -90,8 +93,7 @@ impl Worker {
             }
             let entered = database.enter();
             // The wait for the turn may have been long.
-            (!reply.is_closed())
-                .then(|| answer_with(reply, entered.and_then(|()| database.transaction(work))))
+            (!reply.is_closed()).then(|| answer_with(reply, entered.and_then(|()| work(database))))
         }))?;
         match clock::timeout_at(clock::now().plus(PATIENCE), answer).await {
             Some(answer) => answer.unwrap_or_else(|_| Err(ended_early())),
@@ -129,6 +131,7 @@ fn serve(database: &mut Database, inbox: &Receiver<Job>) {
         database.leave();
         // Only now: a process that is stopped as soon as it has its answer must not be stopped at the gate.
         answers.drain(..).for_each(|answer| answer());
+        database.settle();
     }
 }
 
