@@ -18,8 +18,10 @@ use crate::types::{Acquired, Claim, Grant, Held, Holder, Owner, Ticket};
 const PRESENTATIONS: u32 = 3;
 /// A wait is never shorter, whatever the policy says.
 const LEAST_WAIT: Duration = Duration::from_millis(1);
-/// How far ahead a retry policy is asked how long it goes on, by one who waits in line and needs no tries.
-const POLICY_STEP: Duration = Duration::from_secs(60);
+/// How far ahead a retry policy is asked how long it goes on, by one who waits in line and needs no tries: at first, and
+/// then twice as far each time, at most.
+const POLICY_STEP: Duration = Duration::from_millis(50);
+const POLICY_STEP_MOST: Duration = Duration::from_secs(60);
 
 /// Who is told where a waiter stands in line.
 #[derive(Clone)]
@@ -119,10 +121,10 @@ pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'
     }
 }
 
-/// How long a policy goes on from now, as far as it matters yet; `None` if it has ended.
-fn policy_until(waits: &mut Waits) -> Option<Instant> {
+/// How long a policy goes on from now, as far as `step` asks; `None` if it has ended.
+fn policy_until(waits: &mut Waits, step: Duration) -> Option<Instant> {
     let mut total = waits.next()?.max(LEAST_WAIT);
-    while total < POLICY_STEP {
+    while total < step {
         let Some(wait) = waits.next() else { break };
         total = total.saturating_add(wait.max(LEAST_WAIT));
     }
@@ -160,7 +162,7 @@ struct Armed<'a> {
 impl Armed<'_> {
     /// Waits in line until the lock is handed over, there is reason to look again, or the patience is at its end.
     async fn in_line(&mut self, mut ticket: Ticket, waits: &mut Waits, patience: Patience<'_>) -> Line {
-        let mut until = clock::now();
+        let (mut until, mut step) = (clock::now(), POLICY_STEP);
         if let Some((owner, after)) = patience.owner {
             self.lookout.get_or_insert_with(|| Lookout::new(self.keeper.store(), owner, after));
         }
@@ -170,8 +172,8 @@ impl Armed<'_> {
             }
             if clock::now() >= until {
                 // The policy spaces no tries here; what counts is how long it goes on.
-                match policy_until(waits) {
-                    Some(later) => until = later,
+                match policy_until(waits, step) {
+                    Some(later) => (until, step) = (later, (step * 2).min(POLICY_STEP_MOST)),
                     None => return Line::Over(ticket.holder().cloned()),
                 }
             }
