@@ -166,14 +166,22 @@ fn a_wait_given_up_in_the_moment_of_the_hand_over_leaks_nothing() {
         rounds += 1;
         let holder = lock(&holders.mutex("a"));
         let (sender, joined) = std::sync::mpsc::channel();
-        let mutex = locks.mutex("a").on_wait(move |_| drop(sender.send(())));
+        let mutex = locks.mutex("a").on_wait(move |_| {
+            let _ = sender.send(());
+        });
         let waiter = runtime.spawn(async move { mutex.lock().await });
         joined.recv_timeout(leasehold_chaos::PATIENCE).unwrap();
         let next = (rounds % 2 == 0).then(|| Waiter::start(&nexts.mutex("a")));
         proxy.forget();
-        let unlocking = runtime.spawn(holder.unlock());
-        block_on(clock::sleep(clock::jitter(ms(2))));
-        waiter.abort();
+        let unlocking = if rounds % 3 == 0 {
+            waiter.abort();
+            runtime.spawn(holder.unlock())
+        } else {
+            let unlocking = runtime.spawn(holder.unlock());
+            block_on(clock::sleep(clock::jitter(ms(1))));
+            waiter.abort();
+            unlocking
+        };
         let given_up = match runtime.block_on(waiter) {
             Ok(guard) => {
                 assert_eq!(block_on(guard.unwrap().unlock()).unwrap(), Released::Released);

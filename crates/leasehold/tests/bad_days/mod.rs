@@ -66,7 +66,9 @@ impl Waiter {
     #[track_caller]
     pub fn start(mutex: &Mutex) -> Self {
         let (sender, places) = channel();
-        let mutex = mutex.clone().on_wait(move |ticket| drop(sender.send(ticket.ahead())));
+        let mutex = mutex.clone().on_wait(move |ticket| {
+            let _ = sender.send(ticket.ahead());
+        });
         let waiter = Self { thread: std::thread::spawn(move || lock(&mutex)), places };
         waiter.joins_line();
         waiter

@@ -188,7 +188,9 @@ pub fn serve() {
 async fn join_line(locks: &Locks, name: &str, ttl: u64, mode: &str, guards: &Guards) -> JoinHandle<()> {
     let (sender, mut joined) = tokio::sync::mpsc::unbounded_channel();
     let told = sender.clone();
-    let mutex = locks.mutex(name).ttl(ms(ttl)).on_wait(move |_| drop(told.send(())));
+    let mutex = locks.mutex(name).ttl(ms(ttl)).on_wait(move |_| {
+        let _ = told.send(());
+    });
     let (holds, guards) = (mode == "hold", guards.clone());
     let task = tokio::spawn(async move {
         match mutex.lock().await {
