@@ -77,6 +77,15 @@ impl Other {
         assert_eq!(self.hear(), "in line");
     }
 
+    /// Lets one of its tasks take a lock that is free, and keep it.
+    #[track_caller]
+    pub fn hold(&mut self, name: &str, ttl: u64) {
+        self.order(&format!("wait {name} {ttl} 1 hold"));
+        let mut said = [self.hear(), self.hear()];
+        said.sort();
+        assert!(said[0].starts_with("held ") && said[1] == "in line", "{said:?}");
+    }
+
     /// The next hold that it tells of: token, and since when, by the boot-time clock in nanoseconds.
     #[track_caller]
     pub fn hear_hold(&mut self) -> (u64, u64) {

@@ -6,9 +6,13 @@ local function line()
   local time = call('TIME')
   local now = time[1] * 1000000 + time[2]
   local function whole(number) return string.format('%.0f', number) end
+  -- Nothing if the key holds something else.
   local function field(waiters, name)
     local text = pcall('HGET', waiters, name)
-    return type(text) == 'string' and text or ''
+    return type(text) ~= 'table' and (text or '') or nil
+  end
+  local function strange_line(error)
+    return sub(error.err, 1, 9) == 'WRONGTYPE' and redis.error_reply('BADQUEUE line') or error
   end
   local it = {}
 
@@ -70,9 +74,11 @@ local function line()
     end
   end
 
-  -- A process was heard of, with this presentation as its latest. Side keys outlive no process by much.
+  -- A process was heard of, with this presentation as its latest. Side keys outlive no process by much. Answers an error,
+  -- or nothing.
   local function hear(queue, waiters, process, window, attempt)
-    call('HSET', waiters, 'p' .. process, whole(now + window * 1000) .. ' ' .. attempt)
+    local set = pcall('HSET', waiters, 'p' .. process, whole(now + window * 1000) .. ' ' .. attempt)
+    if type(set) == 'table' then return strange_line(set) end
     local kept = math.max(60000, window * 4)
     call('PEXPIRE', queue, kept)
     call('PEXPIRE', waiters, kept)
@@ -83,34 +89,41 @@ local function line()
     local tokens, process, window, attempt, limit = match(wish, '^(%d+) (%S+) (%d+) (%d+) (%S+)$')
     local queue, waiters = it.keys(fence)
     local rank = pcall('ZRANK', queue, claim)
-    if type(rank) == 'table' then
-      return sub(rank.err, 1, 9) == 'WRONGTYPE' and redis.error_reply('BADQUEUE line') or rank
-    end
+    if type(rank) == 'table' then return strange_line(rank) end
     if not rank then
       rank = call('ZCARD', queue)
       if limit ~= '-' and rank >= tonumber(limit) then return redis.error_reply('QUEUEFULL ' .. rank) end
       local number = pcall('HINCRBY', waiters, 'n', 1)
-      if type(number) == 'table' then return number end
+      if type(number) == 'table' then return strange_line(number) end
       if tonumber(ttl) > 30000 then ttl = '30000' end
       call('HSET', waiters, 'c' .. claim, table.concat({'1', process, ttl, tokens, whole(now), record}, ' '))
       call('ZADD', queue, number, claim)
       mark(lock, value, fence)
     end
-    hear(queue, waiters, process, window, attempt)
-    return rank
+    return hear(queue, waiters, process, window, attempt) or rank
   end
 
-  -- Hears of a process's waiters again, and hands a free lock on. Answers where each of the claims stands: -1 is not in line.
+  -- Hears of a process's waiters again, and hands a free lock on. Answers where each of the
+  -- claims stands (-1 is not in line), or an error.
   function it.refresh(lock, fence, process, window, attempt, claims)
     local queue, waiters = it.keys(fence)
     local ranks = {}
     local there = call('EXISTS', queue) == 1
     if there then
-      hear(queue, waiters, process, window, attempt)
+      local error = hear(queue, waiters, process, window, attempt)
+      if error then return error end
       local value = pcall('GET', lock)
-      if not value then it.hand_over(lock, fence) else mark(lock, value, fence) end
+      if value then
+        mark(lock, value, fence)
+      elseif not it.hand_over(lock, fence) then
+        local _, _, strange = it.last(fence)
+        if strange then return redis.error_reply('BADFENCE token') end
+      end
     end
-    for i, claim in ipairs(claims) do ranks[i] = there and call('ZRANK', queue, claim) or -1 end
+    for i, claim in ipairs(claims) do
+      ranks[i] = there and pcall('ZRANK', queue, claim) or -1
+      if type(ranks[i]) == 'table' then return strange_line(ranks[i]) end
+    end
     return ranks
   end
 
@@ -119,7 +132,7 @@ local function line()
     local queue, waiters = it.keys(fence)
     local left = pcall('ZREM', queue, claim)
     if left ~= 1 then return end
-    call('HDEL', waiters, 'c' .. claim)
+    if type(pcall('HDEL', waiters, 'c' .. claim)) == 'table' then return end
     if call('EXISTS', queue) == 0 then call('DEL', waiters) end
   end
 
@@ -136,6 +149,7 @@ local function line()
       local claim = pcall('ZRANGE', queue, at, at)[1]
       if not claim then break end
       local entry = field(waiters, 'c' .. claim)
+      if not entry then return end
       local process, ttl, tokens, record = match(entry, '^1 (%S+) (%d+) (%d+) %d+ (.*)$')
       local heard, attempt = nil, '0'
       if process then heard, attempt = match(field(waiters, 'p' .. process), '^(%d+) (%d+)$') end
