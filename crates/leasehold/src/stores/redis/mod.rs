@@ -82,6 +82,12 @@ impl RedisStore {
         Ok(store)
     }
 
+    /// How many things it remembers of claims that wait or waited: a test's look for leaks.
+    #[doc(hidden)]
+    pub fn remembered(&self) -> usize {
+        self.waiting.remembered()
+    }
+
     fn deadline(&self, ttl: Option<Duration>) -> Instant {
         let timeout = self.connector.timeout();
         // A command must not outlast the lease that it is about.

@@ -265,6 +265,12 @@ impl Waiting {
         drop(self.table().remove(id));
     }
 
+    /// How much is remembered of claims that wait, or waited.
+    pub(super) fn remembered(&self) -> usize {
+        let table = self.table();
+        table.places.len() + table.queues.len() + table.orphans.len() + table.found.len() + table.told.len()
+    }
+
     /// There is a new connection.
     pub(super) fn connected(&self, session: u64) {
         self.table().session = session;
