@@ -13,7 +13,7 @@ use bad_days::{
 use leasehold::stores::redis::{RedisConfig, RedisStore};
 use leasehold::{Locks, Released, clock};
 use leasehold_chaos::eventually;
-use leasehold_chaos::proxy::Proxy;
+use leasehold_chaos::proxy::{Command, Proxy};
 use leasehold_chaos::servers::RedisServer;
 use pollster::block_on;
 
@@ -27,7 +27,9 @@ fn other() {
 fn ten_wait(server: &RedisServer, each: usize) -> (Proxy, Vec<Other>) {
     let proxy = Proxy::start(server.port());
     let mut others: Vec<_> = (0..10).map(|_| Other::waiting(&proxy.url())).collect();
-    others.iter_mut().for_each(|other| other.wait_in_line("a", 30_000, each, "pass"));
+    for other in &mut others {
+        other.wait_in_line("a", 30_000, each, "pass");
+    }
     assert_eq!(in_line(server, "a"), 10 * each);
     proxy.forget();
     (proxy, others)
@@ -111,7 +113,7 @@ fn a_holder_killed_before_a_thousand_waiters_is_followed_at_the_expiry() {
     assert!(
         until <= 5,
         "{until} commands: {:?}",
-        commands[..until].iter().map(|c| c.name()).collect::<Vec<_>>()
+        commands[..until].iter().map(Command::name).collect::<Vec<_>>()
     );
     for (index, other) in others.iter_mut().enumerate() {
         for _ in usize::from(index == 0)..100 {

@@ -16,9 +16,11 @@ pub enum PushFault {
     Hold,
 }
 
+type Likeness = dyn Fn(&[u8]) -> bool + Send;
+
 pub(super) struct PushRule {
     id: u64,
-    matches: Box<dyn Fn(&[u8]) -> bool + Send>,
+    matches: Box<Likeness>,
     fault: PushFault,
 }
 
