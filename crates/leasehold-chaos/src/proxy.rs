@@ -3,6 +3,8 @@
 //! It reads the framing of both directions, so that a fault hits exactly the command that the test names, and the test
 //! learns by an event, not by a sleep, that it was hit.
 
+mod pushes;
+
 use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -11,6 +13,8 @@ use std::time::Duration;
 
 use crate::PATIENCE;
 use crate::resp::{parse_command, parse_reply};
+pub use pushes::PushFault;
+use pushes::{PushRule, Writer};
 
 /// A command as a client sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +93,8 @@ struct State {
     next_id: u64,
     connections: HashMap<u64, Connection>,
     rules: Vec<Rule>,
+    messages: Vec<Vec<u8>>,
+    push_rules: Vec<PushRule>,
     progress: HashMap<u64, Progress>,
 }
 
@@ -207,10 +213,11 @@ impl Proxy {
         self.shared.state().connections.len()
     }
 
-    /// Forgets the commands and round trips counted so far.
+    /// Forgets the commands, round trips and messages counted so far.
     pub fn forget(&self) {
         let mut state = self.shared.state();
         state.log.clear();
+        state.messages.clear();
         state.round_trips = 0;
     }
 
@@ -356,8 +363,8 @@ fn accept(shared: &Arc<Shared>, client: TcpStream) {
     }
     // A server that is down refuses the client too, by closing the connection.
     let Ok(server) = TcpStream::connect(("127.0.0.1", upstream)) else { return };
-    let halves = (client.try_clone(), server.try_clone(), client.try_clone());
-    let (Ok(client_reader), Ok(server_writer), Ok(client_writer)) = halves else { return };
+    let halves = (client.try_clone(), server.try_clone(), client.try_clone(), client.try_clone());
+    let (Ok(client_reader), Ok(server_writer), Ok(client_writer), Ok(client_closer)) = halves else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let id = shared.change(|state| {
         state.accepted += 1;
@@ -371,8 +378,9 @@ fn accept(shared: &Arc<Shared>, client: TcpStream) {
     });
     let replies = Arc::clone(shared);
     std::thread::spawn(move || {
-        forward_replies(&replies, id, &server, &client_writer);
-        let _ = (client_writer.shutdown(Shutdown::Both), server.shutdown(Shutdown::Both));
+        let writer = Writer(Arc::new(Mutex::new(client_writer)));
+        forward_replies(&replies, id, &server, &writer);
+        let _ = (client_closer.shutdown(Shutdown::Both), server.shutdown(Shutdown::Both));
         replies.change(|state| state.connections.remove(&id));
     });
 }
@@ -451,7 +459,7 @@ fn note_request(shared: &Shared, id: u64, args: Vec<Vec<u8>>, first_of_chunk: bo
     })
 }
 
-fn forward_replies(shared: &Shared, id: u64, mut server: &TcpStream, mut client: &TcpStream) {
+fn forward_replies(shared: &Arc<Shared>, id: u64, mut server: &TcpStream, client: &Writer) {
     let (mut buffer, mut chunk) = (Vec::new(), vec![0; 64 * 1024]);
     let mut client_gone = false;
     loop {
@@ -459,9 +467,18 @@ fn forward_replies(shared: &Shared, id: u64, mut server: &TcpStream, mut client:
             Ok(0) | Err(_) => return,
             Ok(read) => buffer.extend_from_slice(&chunk[..read]),
         }
-        while let Some((_, length)) = parse_reply(&buffer) {
+        while let Some((parsed, length)) = parse_reply(&buffer) {
             let reply: Vec<u8> = buffer.drain(..length).collect();
-            let hit = if reply[0] == b'>' { None } else { note_reply(shared, id) };
+            let is_push = reply[0] == b'>';
+            match if is_push { pushes::note(shared, id, &parsed) } else { None } {
+                Some((_, PushFault::Drop)) => continue,
+                Some((rule, PushFault::Hold)) => {
+                    client.write_later(Arc::clone(shared), rule, reply);
+                    continue;
+                }
+                None => {}
+            }
+            let hit = if is_push { None } else { note_reply(shared, id) };
             match hit {
                 Some((_, Fault::CutBeforeReply)) => return,
                 Some((rule, Fault::HoldReply)) => shared.block_while(|state| !state.progress[&rule].released),
@@ -472,7 +489,7 @@ fn forward_replies(shared: &Shared, id: u64, mut server: &TcpStream, mut client:
                 std::thread::sleep(delay);
             }
             shared.block_while(|state| state.frozen);
-            let written = if client_gone { Ok(()) } else { client.write_all(&reply) };
+            let written = if client_gone { Ok(()) } else { client.write(&reply) };
             if let Some((rule, Fault::HoldReply)) = hit {
                 shared.change(|state| state.progress.entry(rule).or_default().passed = true);
             }

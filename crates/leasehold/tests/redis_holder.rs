@@ -3,82 +3,16 @@
 
 mod bad_days;
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use bad_days::other::{Other, other_role, say, wait_to_be_told};
 use bad_days::{connect, linked, lock, lock_soon, ms, releases, renews};
 use leasehold::{Released, Status, clock};
 use leasehold_chaos::servers::RedisServer;
 use leasehold_chaos::{eventually, wall_clock::WallClock};
 use pollster::block_on;
-use rustix::process::{Pid, Signal, kill_process};
-
-const URL: &str = "LEASEHOLD_TEST_URL";
-
-/// The other process of a test: the same test, run again with the URL of the server in its environment.
-struct Other {
-    process: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Other {
-    fn start(test: &str, url: &str, adjust: impl FnOnce(&mut Command)) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args([test, "--exact", "--nocapture"]).env(URL, url);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        adjust(&mut command);
-        let mut process = command.spawn().unwrap();
-        let (input, output) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
-        Self { process, input, output: BufReader::new(output) }
-    }
-
-    /// The next line that it said.
-    fn hear(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            assert!(self.output.read_line(&mut line).unwrap() > 0, "the other process ended");
-            if let Some(said) = line.trim_end().strip_prefix("said: ") {
-                return said.to_owned();
-            }
-        }
-    }
-
-    fn tell(&mut self) {
-        self.input.write_all(b"go on\n").unwrap();
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.process), signal).unwrap();
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// In the other process: the URL it is to use.
-fn other_role() -> Option<String> {
-    std::env::var(URL).ok()
-}
-
-/// In the other process: says a line.
-fn say(text: &str) {
-    // The name of the test stands on the line already.
-    println!("\nsaid: {text}");
-}
-
-/// In the other process: waits for the first to go on; ends with it.
-fn wait_to_be_told() {
-    if std::io::stdin().read_line(&mut String::new()).unwrap_or(0) == 0 {
-        std::process::exit(1);
-    }
-}
+use rustix::process::Signal;
 
 #[test]
 fn a_guard_dropped_as_the_last_act_of_a_process_is_released() {

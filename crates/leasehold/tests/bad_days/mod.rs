@@ -1,15 +1,20 @@
 //! What the tests of bad days share: a server, a link to it that can be made to fail, and locks by way of that link.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test program uses its part")]
 
+pub mod other;
+
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::task::{Context, Wake, Waker};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use leasehold::{Guard, Locks, Mutex, clock};
 use leasehold_chaos::proxy::{Command, Proxy};
 use leasehold_chaos::servers::RedisServer;
+use leasehold_chaos::{PATIENCE, eventually};
 use pollster::block_on;
 
 pub fn ms(millis: u64) -> Duration {
@@ -50,6 +55,57 @@ pub fn lock_soon(mutex: &Mutex) -> Guard {
     block_on(mutex.lock_for(ms(10_000))).unwrap().expect("the lock is free within ten seconds")
 }
 
+/// A thread that waits for a lock, and is in line.
+pub struct Waiter {
+    thread: JoinHandle<Guard>,
+    places: Receiver<Option<u64>>,
+}
+
+impl Waiter {
+    /// Starts one; returns when it is in line.
+    #[track_caller]
+    pub fn start(mutex: &Mutex) -> Self {
+        let (sender, places) = channel();
+        let mutex = mutex.clone().on_wait(move |ticket| {
+            let _ = sender.send(ticket.ahead());
+        });
+        let waiter = Self { thread: std::thread::spawn(move || lock(&mutex)), places };
+        waiter.joins_line();
+        waiter
+    }
+
+    /// Returns when it has been told its place once more.
+    #[track_caller]
+    pub fn joins_line(&self) {
+        self.places.recv_timeout(PATIENCE).expect("it joins the line, in time");
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// The guard that it gets.
+    #[track_caller]
+    pub fn guard(self) -> Guard {
+        eventually("the waiter gets the lock", || self.thread.is_finished());
+        self.thread.join().unwrap()
+    }
+}
+
+/// How many wait in line for a lock.
+pub fn in_line(server: &RedisServer, name: &str) -> usize {
+    server.cli(&["ZCARD", &format!("leasehold:{{{name}}}:queue:{name}")]).parse().unwrap()
+}
+
+/// Nothing of a line is left at the server for that lock, which is free.
+#[track_caller]
+pub fn assert_no_line(server: &RedisServer, name: &str) {
+    let side = |kind: &str| format!("leasehold:{{{name}}}:{kind}:{name}");
+    eventually("the lock is free and its line is gone", || {
+        server.cli(&["EXISTS", name, &side("queue"), &side("waiters")]) == "0"
+    });
+}
+
 fn has(command: &Command, part: &str) -> bool {
     command.args.iter().any(|arg| arg.windows(part.len()).any(|window| window == part.as_bytes()))
 }
@@ -72,6 +128,11 @@ pub fn refreshes(name: &'static str) -> impl Fn(&Command) -> bool + Send + Copy 
             && has(command, "leasehold:push:")
             && !acquires(name)(command)
     }
+}
+
+/// Whether it asks for messages.
+pub fn subscribes(command: &Command) -> bool {
+    command.name() == "SUBSCRIBE"
 }
 
 /// Whether it releases the lock `name`, or leaves its line: of the rest only these bring the beginning of a value.

@@ -217,6 +217,7 @@ impl Connector {
             Err(error) => return Ok(Err(error)),
         };
         let closed = Arc::new(AtomicBool::new(false));
+        let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
         // Time-outs are ours: by the boot-time clock, and under any executor.
         let mut options = AsyncConnectionConfig::new()
             .set_connection_timeout(None)
@@ -229,9 +230,11 @@ impl Connector {
                 match (push.kind, push.data.as_slice()) {
                     (PushKind::Disconnection, _) => {
                         closed.store(true, Ordering::Release);
-                        waiting.disconnected();
+                        waiting.disconnected(generation);
                     }
-                    (PushKind::Message, [_, Value::BulkString(message)]) => waiting.pushed(&prefix, message),
+                    (PushKind::Message, [_, Value::BulkString(message)]) => {
+                        waiting.pushed(&prefix, generation, message);
+                    }
                     _ => {}
                 }
                 Ok(())
@@ -239,7 +242,7 @@ impl Connector {
         }
         let dialled = client.get_multiplexed_async_connection_with_config(&options).await;
         Ok(dialled.map(|connection| {
-            let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
+            self.waiting.connected(generation);
             let counter = Counter::open(connection.clone(), closed.clone());
             Arc::new(Link {
                 connection,

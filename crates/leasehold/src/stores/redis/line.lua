@@ -29,6 +29,10 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
     return has_line and '!' or ''
   end
   local function whole(number) return string.format('%.0f', number) end
+  -- The error for a key of the line that holds something else.
+  local function strange_line(error)
+    return sub(error.err, 1, 9) == 'WRONGTYPE' and redis.error_reply('BADQUEUE line') or error
+  end
   -- Where a claim stands, counted from 0, and its entry.
   local function find(wanted)
     local entries = pcall('LRANGE', queue, 0, -1)
@@ -41,7 +45,7 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
     -- Puts a claim in line behind whoever has the lock (its value is given), or finds it there. Answers how many are ahead
     -- and since when it stands there; or an error.
     local tokens, process, window, attempt, limit, again = match(wish, '^(%d+) (%S+) (%d+) (%d+) (%S+)( ?a?)$')
-    local ahead, since = nil, text
+    local ahead, since, pushed = nil, text, false
     if again ~= '' then
       local entry
       ahead, entry = find(claim)
@@ -53,10 +57,8 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
       if #ttl > 5 or tonumber(ttl) > 30000 then ttl = '30000' end
       local entry = '1 ' .. claim .. ' ' .. process .. ' ' .. ttl .. ' ' .. tokens .. ' ' .. text .. ' ' .. record
       length = pcall('RPUSH', queue, entry)
-      if type(length) == 'table' then
-        return sub(length.err, 1, 9) == 'WRONGTYPE' and redis.error_reply('BADQUEUE line') or length
-      end
-      ahead = length - 1
+      if type(length) == 'table' then return strange_line(length) end
+      ahead, pushed = length - 1, true
       if ahead == 0 or not value or sub(value, 37, 37) ~= '!' then
         if value and sub(value, 1, 4) == 'lh1:' and sub(value, 37, 37) == ':' then call('SETRANGE', lock, 36, '!') end
         local last, marks, strange = last_token()
@@ -68,7 +70,10 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
       end
     end
     local heard = pcall('HSET', alive, 'p' .. process, text .. ' ' .. window .. ' ' .. attempt)
-    if type(heard) == 'table' then return redis.error_reply('BADQUEUE line') end
+    if type(heard) == 'table' then
+      if pushed then call('RPOP', queue) end
+      return strange_line(heard)
+    end
     if ahead == 0 then
       -- Nothing of it outlives its processes by much; a process that is heard of again makes it last.
       local kept = math.max(60000, window * 4)
@@ -92,7 +97,11 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
       local first, process, lease, tokens, theirs = match(entry, '^1 (%x+) (%S+) (%d+) (%d+) %d+ (.*)$')
       local heard = process and pcall('HGET', alive, 'p' .. process)
       local since, window, attempt = match(type(heard) == 'string' and heard or '', '^(%d+) (%d+) (%d+)$')
-      if not process or (deaf[process] and first ~= claim) then
+      if type(heard) == 'table' then
+        -- No hash of ours: whoever asks is told so.
+        kept[#kept + 1] = entry
+        break
+      elseif not process or (deaf[process] and first ~= claim) then
         -- Of a version that we do not know, and left to those who do; or known not to listen.
         kept[#kept + 1] = entry
       elseif first == claim or (since and since + window * 1000 > now) then
@@ -140,7 +149,7 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
     if kept[1] then
       local ends = call('PTTL', alive)
       call('PEXPIRE', queue, ends > 0 and ends or 60000)
-    elseif not winner then
+    elseif not winner and call('EXISTS', queue) == 0 then
       call('DEL', alive)
     end
     return winner
@@ -176,7 +185,8 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
       local _, found = find(claim)
       entry = found
     end
-    if entry and call('LREM', queue, 1, entry) > 0 and call('EXISTS', queue) == 0 then call('DEL', alive) end
+    local left = entry and pcall('LREM', queue, 1, entry)
+    if type(left) == 'number' and left > 0 and call('EXISTS', queue) == 0 then call('DEL', alive) end
     return
   end
 
@@ -193,20 +203,24 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
   end
 
   -- 'refresh': a process is heard of, and a free lock handed on. `wish` is process, ms that it counts as alive, attempt; the
-  -- claims follow in a list as `record`. Answers how many are ahead of each; -1 is not in line.
+  -- claims follow in a list as `record`. Answers how many are ahead of each (-1 is not in line), or an error.
   local ranks, there = {}, call('EXISTS', queue) == 1
   if there then
     local process, window, attempt = match(wish, '^(%S+) (%d+) (%d+)$')
-    call('HSET', alive, 'p' .. process, text .. ' ' .. window .. ' ' .. attempt)
+    local heard = pcall('HSET', alive, 'p' .. process, text .. ' ' .. window .. ' ' .. attempt)
+    if type(heard) == 'table' then return strange_line(heard) end
     local kept = math.max(60000, window * 4)
     call('PEXPIRE', queue, kept)
     call('PEXPIRE', alive, kept)
     if not value then
+      local _, _, strange = last_token()
+      if strange then return redis.error_reply('BADFENCE token') end
       line('hand over', text, lock, fence)
     elseif sub(value, 1, 4) == 'lh1:' and sub(value, 37, 37) == ':' then
       call('SETRANGE', lock, 36, '!')
     end
-    local entries = call('LRANGE', queue, 0, -1)
+    local entries = pcall('LRANGE', queue, 0, -1)
+    if entries.err then return strange_line(entries) end
     for i = 1, #entries do ranks[sub(entries[i], 3, 34)] = i - 1 end
     local last, marks, strange = last_token()
     if entries[1] and not strange and sub(marks, 1, 1) ~= '!' then

@@ -82,6 +82,12 @@ impl RedisStore {
         Ok(store)
     }
 
+    /// How many things it remembers of claims that wait or waited: a test's look for leaks.
+    #[doc(hidden)]
+    pub fn remembered(&self) -> usize {
+        self.waiting.remembered()
+    }
+
     fn deadline(&self, ttl: Option<Duration>) -> Instant {
         let timeout = self.connector.timeout();
         // A command must not outlast the lease that it is about.
@@ -153,6 +159,7 @@ impl RedisStore {
         };
         match &answer {
             Ok(Acquired::Queued(_)) => {}
+            Ok(Acquired::Granted(_)) => self.waiting.granted(claim.id),
             // It may stand in line all the same.
             Err(error) if error.is_transient() => {}
             _ => self.waiting.forget(claim.id),

@@ -25,6 +25,9 @@ const EXPIRY_GRAIN: Duration = Duration::from_millis(1);
 /// How the first in line looks after a lock that ends without a message: another library's, or one that nobody has.
 const FOREIGN_LEAST: Duration = Duration::from_millis(10);
 const FOREIGN_MOST: Duration = Duration::from_millis(500);
+/// How long it is remembered that an answer told of a grant before its message did. On one connection the message is
+/// right behind: newer servers send those of a script after the script's answer.
+const OVERTAKEN: Duration = Duration::from_secs(60);
 
 /// All waiters of one store.
 #[derive(Debug)]
@@ -66,6 +69,10 @@ struct Table {
     orphans: HashMap<ClaimId, Name>,
     /// Those of them that are still to be begun with.
     found: Vec<ClaimId>,
+    /// Claims that an answer told of their grant, and when: the message of it, should it come yet, is no news.
+    told: HashMap<ClaimId, Instant>,
+    /// The newest connection: what comes late over an older one is only a hint.
+    session: u64,
     /// Until when the task that serves sleeps; `None` if none runs.
     planned: Option<Instant>,
     /// The latest attempt, and a moment before anything of it was sent.
@@ -98,8 +105,9 @@ struct Place {
     news: Option<News>,
     /// What stands in the line for it, if that is known.
     entry: Option<String>,
-    /// Whether it was presented to wait before.
+    /// Whether it was presented to wait, and whether that was done again.
     presented: bool,
+    again: bool,
 }
 
 #[derive(Debug)]
@@ -206,9 +214,11 @@ impl Waiting {
             news: None,
             entry: None,
             presented: false,
+            again: false,
         });
         place.heard = sent.boot;
-        let again = place.presented;
+        place.again = place.presented;
+        let again = place.again;
         if !matches!(place.news, Some(News::Granted(..))) {
             place.news = None;
         }
@@ -287,13 +297,43 @@ impl Waiting {
         drop(self.table().remove(id));
     }
 
-    /// Takes in a message: a grant.
-    pub(super) fn pushed(&self, prefix: &[u8], message: &[u8]) {
+    /// How much is remembered of claims that wait, or waited.
+    pub(super) fn remembered(&self) -> usize {
+        let table = self.table();
+        table.places.len() + table.queues.len() + table.orphans.len() + table.found.len() + table.told.len()
+    }
+
+    /// An answer told a claim that it has the lock: a message of that, should it come yet, is no news.
+    pub(super) fn granted(&self, id: ClaimId) {
+        let mut table = self.table();
+        // Only one that may have stood in line before can have been sent one.
+        if table.remove(id).is_some_and(|place| place.again || place.entry.is_some()) {
+            table.told.insert(id, clock::now());
+        }
+    }
+
+    /// There is a new connection.
+    pub(super) fn connected(&self, session: u64) {
+        self.table().session = session;
+    }
+
+    /// Takes in a message that came over this connection: a grant.
+    pub(super) fn pushed(&self, prefix: &[u8], session: u64, message: &[u8]) {
         let Some(push) = Push::read(prefix, message) else {
             return tracing::debug!("a message of an unknown version came and was left alone");
         };
         let now = clock::now();
         let mut table = self.table();
+        if session != table.session {
+            // What became of the claim may have been told over the newer one already: it may be held, and in use.
+            if let Some(queue) = table.queues.get_mut(&push.name) {
+                queue.due = now;
+            }
+            return self.plan(&mut table, &push.name);
+        }
+        if table.told.remove(&push.id).is_some() {
+            return;
+        }
         let is_news = table.places.get(&push.id).is_some_and(|place| place.is_wanted(now));
         if !is_news {
             table.remove(push.id);
@@ -318,9 +358,12 @@ impl Waiting {
     }
 
     /// The connection broke: messages may be lost, and everybody's place must be confirmed on the next.
-    pub(super) fn disconnected(&self) {
+    pub(super) fn disconnected(&self, session: u64) {
         let now = clock::now();
         let mut table = self.table();
+        if session != table.session {
+            return;
+        }
         table.queues.values_mut().for_each(|queue| queue.due = now);
         if table.planned.is_some() {
             table.planned = Some(now);
@@ -403,6 +446,7 @@ impl Waiting {
             due.push(Due { name: name.clone(), attempt, sent, claims, ttl: queue.ttl });
         }
         table.queues.retain(|_, queue| !queue.claims.is_empty());
+        table.told.retain(|_, told| now.since(*told) < OVERTAKEN);
         let orphans = std::mem::take(&mut table.found).into_iter();
         let orphans: Vec<_> = orphans.filter_map(|id| Some((table.orphans.get(&id)?.clone(), id))).collect();
         let next = table.queues.values().filter(|queue| !queue.in_flight).map(|queue| queue.due).min();
@@ -443,6 +487,7 @@ impl Waiting {
                         queue.claims.remove(id);
                     }
                     if !matches!(place.news, Some(News::Granted(..))) {
+                        table.told.insert(*id, now);
                         place.tell(News::Granted(grant, due.sent));
                     }
                 }
