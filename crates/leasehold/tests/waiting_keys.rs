@@ -13,7 +13,7 @@ use leasehold_chaos::servers::RedisServer;
 use pollster::block_on;
 
 const QUEUE: &str = "leasehold:{a}:queue:a";
-const WAITERS: &str = "leasehold:{a}:waiters:a";
+const ALIVE: &str = "leasehold:{a}:alive:a";
 const FENCE: &str = "leasehold:{a}:fence:a";
 
 /// A holder, and one waiter of each of two other processes, in this order, each with a TTL of 3 s.
@@ -167,17 +167,15 @@ fn a_server_that_forgets_and_restarts_is_joined_anew() {
 fn an_entry_of_an_unknown_version_keeps_its_place_and_holds_up_nobody() {
     let server = RedisServer::start();
     let holder = lock(&connect(&server.url()).mutex("a"));
-    let stranger = "0123456789abcdef0123456789abcdef";
-    server.cli(&["ZADD", QUEUE, "-1", stranger]);
-    server.cli(&["HSET", WAITERS, &format!("c{stranger}"), "2 something new"]);
+    let stranger = "2 something new";
+    server.cli(&["LPUSH", QUEUE, stranger]);
     let waiter = Waiter::start(&connect(&server.url()).mutex("a"));
     assert_eq!(block_on(holder.unlock()).unwrap(), Released::Released);
     let guard = waiter.guard();
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
-    assert_eq!((server.cli(&["EXISTS", "a"]), server.cli(&["ZRANGE", QUEUE, "0", "-1"])), {
+    assert_eq!((server.cli(&["EXISTS", "a"]), server.cli(&["LRANGE", QUEUE, "0", "-1"])), {
         ("0".to_owned(), stranger.to_owned())
     });
-    assert_eq!(server.cli(&["HGET", WAITERS, &format!("c{stranger}")]), "2 something new");
     // Nor does it keep anybody from the lock from now on.
     let locks = connect(&server.url());
     let guard = block_on(locks.mutex("a").try_lock()).unwrap().expect("free");
@@ -191,22 +189,22 @@ fn an_entry_of_an_unknown_version_keeps_its_place_and_holds_up_nobody() {
 fn messages_that_make_no_sense_are_left_alone() {
     let server = RedisServer::start();
     let (holder, first, second) = two_wait(&server);
-    let claim = server.cli(&["ZRANGE", QUEUE, "0", "0"]);
+    let entry = server.cli(&["LINDEX", QUEUE, "0"]);
+    let claim = entry.split(' ').nth(1).unwrap();
     for channel in server.cli(&["PUBSUB", "CHANNELS"]).lines() {
         for message in ["", "1", "garbage", "1 x y z", &format!("2 {claim} 9000000000000000 3000 1 a")] {
             assert_eq!(server.cli(&["PUBLISH", channel, message]), "1");
         }
     }
     // Of our version, but about a presentation that there never was: at most a hint.
-    let entry = server.cli(&["HGET", WAITERS, &format!("c{claim}")]);
     let forged = format!("1 {claim} 9000000000000000 3000 999999 a");
-    assert_eq!(server.cli(&["PUBLISH", entry.split(' ').nth(1).unwrap(), &forged]), "1");
+    assert_eq!(server.cli(&["PUBLISH", entry.split(' ').nth(2).unwrap(), &forged]), "1");
     assert_eq!(in_line(&server, "a"), 2);
     // The next refresh of both was answered after all that.
-    let heard = server.cli(&["HVALS", WAITERS]);
+    let heard = server.cli(&["HVALS", ALIVE]);
     eventually("both were heard of again", || {
-        let now = server.cli(&["HVALS", WAITERS]);
-        heard.lines().filter(|line| line.split(' ').count() == 2).all(|line| !now.contains(line))
+        let now = server.cli(&["HVALS", ALIVE]);
+        heard.lines().all(|line| !now.contains(line))
     });
     assert!(!first.has_ended() && !second.has_ended() && holder.status() == Status::Held);
     assert_eq!(block_on(holder.unlock()).unwrap(), Released::Released);
@@ -216,7 +214,7 @@ fn messages_that_make_no_sense_are_left_alone() {
 
 #[test]
 fn side_keys_of_another_type_are_typed_errors_and_the_lock_is_still_released() {
-    for key in [QUEUE, WAITERS, FENCE] {
+    for key in [QUEUE, ALIVE, FENCE] {
         let server = RedisServer::start();
         let holder = lock(&connect(&server.url()).mutex("a"));
         let waiting = connect(&server.url()).mutex("a").ttl(ms(3_000));
@@ -227,12 +225,12 @@ fn side_keys_of_another_type_are_typed_errors_and_the_lock_is_still_released() {
         let waiter = std::thread::spawn(move || block_on(mutex.lock_for(ms(10_000))));
         joined.recv_timeout(leasehold_chaos::PATIENCE).unwrap();
         server.cli(&["DEL", key]);
-        server.cli(&["RPUSH", key, "x"]);
+        server.cli(&["SADD", key, "x"]);
         // Whoever comes now is told; so are, by their next refresh, those who wait.
         let error = block_on(waiting.clone().lock()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Rejected, "{key}: {error}");
         assert_eq!(block_on(holder.unlock()).unwrap(), Released::Released, "{key}");
-        assert_eq!(server.cli(&["TYPE", key]), "list", "{key} is left as it is");
+        assert_eq!(server.cli(&["TYPE", key]), "set", "{key} is left as it is");
         match waiter.join().unwrap() {
             Err(error) => assert_eq!(error.kind(), ErrorKind::Rejected, "{key}: {error}"),
             Ok(guard) => {
@@ -241,7 +239,7 @@ fn side_keys_of_another_type_are_typed_errors_and_the_lock_is_still_released() {
             }
         }
         // As the error advises: the other of the two would else stay for the minute of its retention.
-        server.cli(&["DEL", key, WAITERS]);
+        server.cli(&["DEL", key, QUEUE, ALIVE]);
         assert_eq!(block_on(lock(&waiting).unlock()).unwrap(), Released::Released, "{key}");
         assert_no_line(&server, "a");
     }

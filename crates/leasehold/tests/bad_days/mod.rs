@@ -94,7 +94,7 @@ impl Waiter {
 
 /// How many wait in line for a lock.
 pub fn in_line(server: &RedisServer, name: &str) -> usize {
-    server.cli(&["ZCARD", &format!("leasehold:{{{name}}}:queue:{name}")]).parse().unwrap()
+    server.cli(&["LLEN", &format!("leasehold:{{{name}}}:queue:{name}")]).parse().unwrap()
 }
 
 /// Nothing of a line is left at the server for that lock, which is free.
@@ -102,7 +102,7 @@ pub fn in_line(server: &RedisServer, name: &str) -> usize {
 pub fn assert_no_line(server: &RedisServer, name: &str) {
     let side = |kind: &str| format!("leasehold:{{{name}}}:{kind}:{name}");
     eventually("the lock is free and its line is gone", || {
-        server.cli(&["EXISTS", name, &side("queue"), &side("waiters")]) == "0"
+        server.cli(&["EXISTS", name, &side("queue"), &side("alive")]) == "0"
     });
 }
 

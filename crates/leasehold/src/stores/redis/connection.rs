@@ -109,11 +109,6 @@ impl Connector {
         &self.runtime
     }
 
-    /// Which connection is the newest.
-    pub(super) fn session(&self) -> u64 {
-        self.generations.load(Ordering::Relaxed)
-    }
-
     pub(super) fn timeout(&self) -> Duration {
         self.config.timeout
     }

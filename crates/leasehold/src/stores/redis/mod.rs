@@ -130,32 +130,32 @@ impl RedisStore {
         if !claim.queue {
             return self.present(&keys, claim, ttl, &link, deadline, None).await;
         }
-        let mut attempt = self.waiting.present(claim).ok_or_else(passing_on)?;
-        let (mut in_line, mut was_busy) = (link.is_subscribed(), false);
-        let answer = loop {
-            let wish = in_line.then_some(&attempt);
-            if in_line {
-                self.waiting.lines_up(claim.id);
+        // Nobody joins the line who cannot be called; until somebody waits on a connection, it asks for no calls.
+        let mut busy = None;
+        if !link.is_subscribed() && !self.waiting.knows(claim.id) {
+            let answer = self.present(&keys, claim, ttl, &link, deadline, None).await?;
+            if !matches!(answer, Acquired::Busy(_)) {
+                return Ok(answer);
             }
-            let answer = self.present(&keys, claim, ttl, &link, deadline, wish).await;
-            let answer = match (answer, was_busy) {
-                // That somebody else has it is known; whether the claim stands in line it will learn by asking again.
-                (Err(error), true) if error.is_transient() => {
-                    Ok(Acquired::Queued(self.waiting.unsure(claim)))
+            busy = Some(answer);
+        }
+        let attempt = self.waiting.present(claim).ok_or_else(passing_on)?;
+        // Only now, with the claim noted: the calls are not given up while anybody is.
+        let answer = match (self.connector.subscribe(&link, deadline).await, busy) {
+            (Ok(true), busy) => {
+                let answer = self.present(&keys, claim, ttl, &link, deadline, Some(&attempt)).await;
+                match answer {
+                    // That somebody else has it is known; whether the claim stands in line it will learn by asking again.
+                    Err(error) if busy.is_some() && error.is_transient() => {
+                        Ok(Acquired::Queued(self.waiting.unsure(claim)))
+                    }
+                    answer => answer,
                 }
-                (answer, _) => answer,
-            };
-            // Nobody joins the line who cannot be called. The first to wait on this connection asks for calls.
-            if in_line || !matches!(answer, Ok(Acquired::Busy(_))) {
-                break answer;
             }
-            was_busy = true;
-            match self.connector.subscribe(&link, deadline).await {
-                Ok(true) => in_line = true,
-                // Busy is what it is, whatever became of the calls.
-                Ok(false) | Err(_) => break answer,
-            }
-            attempt = self.waiting.present(claim).ok_or_else(passing_on)?;
+            // Busy is what it is, whatever became of the calls.
+            (_, Some(answer)) => Ok(answer),
+            (Ok(false), None) => self.present(&keys, claim, ttl, &link, deadline, None).await,
+            (Err(error), None) => Err(error),
         };
         match &answer {
             Ok(Acquired::Queued(_)) => {}
@@ -213,7 +213,7 @@ impl RedisStore {
     }
 
     async fn release_once(&self, held: &Held) -> Result<Released> {
-        let answer = self.give_back(held).await;
+        let answer = self.give_back(held, true).await;
         if held.waiting {
             // Only now: a grant that came meanwhile was passed on by this very release.
             self.waiting.forget(held.id);
@@ -221,11 +221,12 @@ impl RedisStore {
         answer
     }
 
-    async fn give_back(&self, held: &Held) -> Result<Released> {
+    /// Releases a claim; `may_forbid`: for good, if a request of it may still be under way.
+    async fn give_back(&self, held: &Held, may_forbid: bool) -> Result<Released> {
         let keys = self.keyspace.keys(&held.name)?;
         let deadline = self.deadline(None);
         let link = self.connector.link(deadline).await?;
-        let forbid = held.suspect || held.session != link.generation;
+        let forbid = may_forbid && (held.suspect || held.session != link.generation);
         let entry = if held.waiting { self.waiting.entry(held.id) } else { None };
         let job = wrote(release_job(&keys, held, forbid, entry.as_deref()))?;
         let patience = Patience { deadline, is_short: false };

@@ -71,9 +71,10 @@ async fn present(store: Arc<RedisStore>, due: Due) {
 
 /// Gives back what was handed to a claim that nobody waits for any more.
 async fn pass_on(store: Arc<RedisStore>, name: Name, id: ClaimId) {
-    let held = Held::queued(&Claim::new(name, id, super::LEAST_TTL), store.connector.session());
+    let held = Held::queued(&Claim::new(name, id, super::LEAST_TTL), 0);
     for _ in 0..3 {
-        match store.release_once(&held).await {
+        // It is not forbidden: should its caller come back after all, it stands in line anew.
+        match store.give_back(&held, false).await {
             Err(error) if error.is_transient() => clock::sleep(Duration::from_millis(20)).await,
             _ => break,
         }

@@ -105,9 +105,11 @@ struct Place {
     news: Option<News>,
     /// What stands in the line for it, if that is known.
     entry: Option<String>,
-    /// Whether it was presented to wait, and whether that was done again.
-    presented: bool,
+    /// Whether it was presented to wait more than once.
     again: bool,
+    /// Whether nobody seems to wait for it any more. It is only remembered that it may stand in line: should its caller come
+    /// back after all, it must not join a second time.
+    dormant: bool,
 }
 
 #[derive(Debug)]
@@ -205,6 +207,7 @@ impl Waiting {
         queue.ttl = queue.ttl.min(claim.ttl);
         queue.remember(number, sent);
         let window = alive_for(queue.ttl);
+        let again = table.places.contains_key(&claim.id);
         let place = table.places.entry(claim.id).or_insert_with(|| Place {
             ticket: Ticket::new(claim),
             ttl: claim.ttl,
@@ -213,12 +216,12 @@ impl Waiting {
             heard: sent.boot,
             news: None,
             entry: None,
-            presented: false,
             again: false,
+            dormant: false,
         });
+        place.dormant = false;
         place.heard = sent.boot;
-        place.again = place.presented;
-        let again = place.again;
+        place.again = again;
         if !matches!(place.news, Some(News::Granted(..))) {
             place.news = None;
         }
@@ -265,11 +268,9 @@ impl Waiting {
         self.table().places.get_mut(&id)?.entry.take()
     }
 
-    /// Notes that a claim is now being presented to wait in line.
-    pub(super) fn lines_up(&self, id: ClaimId) {
-        if let Some(place) = self.table().places.get_mut(&id) {
-            place.presented = true;
-        }
+    /// Whether a claim was presented to wait before, so that it may stand in line.
+    pub(super) fn knows(&self, id: ClaimId) -> bool {
+        self.table().places.contains_key(&id)
     }
 
     /// Starts the serving, unless it goes on already.
@@ -336,7 +337,12 @@ impl Waiting {
         }
         let is_news = table.places.get(&push.id).is_some_and(|place| place.is_wanted(now));
         if !is_news {
-            table.remove(push.id);
+            if let Some(place) = table.places.get_mut(&push.id) {
+                place.dormant = true;
+            }
+            if let Some(queue) = table.queues.get_mut(&push.name) {
+                queue.claims.remove(&push.id);
+            }
             table.found.push(push.id);
             table.orphans.insert(push.id, push.name);
             self.bell.notify_one();
@@ -350,7 +356,6 @@ impl Waiting {
             queue.due = now;
             return self.plan(&mut table, &push.name);
         };
-        queue.claims.remove(&push.id);
         if let Some(place) = table.places.get_mut(&push.id) {
             let grant = Grant { token: push.token, ttl: push.ttl, session: place.ticket.session };
             place.tell(News::Granted(grant, sent));
@@ -376,6 +381,9 @@ impl Waiting {
         let bell = {
             let mut table = self.table();
             let Some(place) = table.places.get_mut(&ticket.id) else { return Woken::Look };
+            if place.dormant {
+                return Woken::Look;
+            }
             place.listeners += 1;
             place.bell.clone()
         };
@@ -423,7 +431,9 @@ impl Waiting {
                 wanted
             });
             for id in gone {
-                if let Some(Place { news: Some(News::Granted(..)), .. }) = table.places.remove(&id) {
+                let Some(place) = table.places.get_mut(&id) else { continue };
+                place.dormant = true;
+                if let Some(News::Granted(..)) = place.news.take() {
                     table.found.push(id);
                     table.orphans.insert(id, name.clone());
                 }
@@ -483,9 +493,6 @@ impl Waiting {
             match (u64::try_from(*rank), holding) {
                 (_, Some((holder, grant))) if holder == *id => {
                     // It was handed the lock, and the message got lost; or is still under way.
-                    if let Some(queue) = table.queues.get_mut(&due.name) {
-                        queue.claims.remove(id);
-                    }
                     if !matches!(place.news, Some(News::Granted(..))) {
                         table.told.insert(*id, now);
                         place.tell(News::Granted(grant, due.sent));
@@ -537,7 +544,7 @@ impl Table {
     }
 
     fn is_idle(&self) -> bool {
-        self.queues.is_empty() && self.places.is_empty() && self.orphans.is_empty()
+        self.queues.is_empty() && self.orphans.is_empty() && self.places.values().all(|place| place.dormant)
     }
 
     fn remove(&mut self, id: ClaimId) -> Option<Place> {
