@@ -16,7 +16,9 @@ use crate::clock::Instant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lease::{Loss, Status};
 use crate::retry::Retry;
-use crate::types::{ClaimId, FencingToken, Finding, Guarantees, LockView, Name, Page, Query, Released};
+use crate::types::{
+    ClaimId, Fairness, FencingToken, Finding, Guarantees, LockView, Name, Page, Query, Released,
+};
 
 /// Connects to the store at `url`; see [`leasehold::connect`](crate::connect).
 ///
@@ -113,6 +115,12 @@ impl Mutex {
     #[must_use]
     pub fn retry(self, retry: Retry) -> Self {
         Self(self.0.retry(retry))
+    }
+
+    /// As [`Mutex::fairness`](crate::Mutex::fairness).
+    #[must_use]
+    pub fn fairness(self, fairness: Fairness) -> Self {
+        Self(self.0.fairness(fairness))
     }
 
     /// Waits for the lock.

@@ -16,6 +16,8 @@ pub(crate) const FIRST_RENEWAL: Duration = Duration::from_secs(1);
 /// The TTL of a mutex unless set: long enough that ten renewals ride out a failover, short enough to wait for a crash.
 pub const DEFAULT_TTL: Duration = Duration::from_secs(30);
 
+/// A lock is passed on within the process while more than this part of its TTL is left: a third.
+const LEAST_PART_PASSED: u32 = 3;
 const DRIFT_PART: u32 = 100;
 const DRIFT_LEAST: Duration = Duration::from_millis(2);
 
@@ -30,6 +32,11 @@ pub(crate) fn drift(ttl: Duration) -> Duration {
 /// Until when a lease can be trusted that was answered with `ttl` to a request sent at `sent_at`.
 pub(crate) fn valid_until(sent_at: Instant, ttl: Duration) -> Instant {
     sent_at.plus(ttl.saturating_sub(drift(ttl)))
+}
+
+/// Until when a hold that begins at `from` may last at most.
+fn max_until(from: Instant, max_hold: Option<Duration>) -> Instant {
+    max_hold.map_or(Instant::FAR, |hold| from.plus(hold.saturating_sub(drift(hold))))
 }
 
 /// How sure a holder can be of its lock.
@@ -110,8 +117,7 @@ impl Lease {
         renewing: bool,
         max_hold: Option<Duration>,
     ) -> Self {
-        let max_until =
-            max_hold.map_or(Instant::FAR, |hold| sent.boot.plus(hold.saturating_sub(drift(hold))));
+        let max_until = max_until(sent.boot, max_hold);
         Self {
             ttl,
             paced_by: ttl.min(granted),
@@ -162,6 +168,23 @@ impl Lease {
         ahead.saturating_sub(self.wall_ahead) > drift(self.ttl)
     }
 
+    /// Whether another holder can have it from now on: surely held, renewed, and with enough left for him to begin with.
+    pub(crate) fn may_pass(&mut self, now: Now) -> bool {
+        self.renewing
+            && self.status(now) == Status::Held
+            && self.remaining(now.boot) > self.paced_by / LEAST_PART_PASSED
+    }
+
+    /// Counts the maximum hold from now on.
+    pub(crate) fn begin_hold(&mut self, now: Instant, max_hold: Option<Duration>) {
+        self.max_until = max_until(now, max_hold);
+    }
+
+    /// How long from one renewal to the next.
+    pub(crate) fn interval(&self) -> Duration {
+        self.paced_by / RENEWALS_PER_TTL
+    }
+
     /// Time left that can be trusted.
     pub(crate) fn remaining(&mut self, now: Instant) -> Duration {
         if self.loss(now).is_some() { Duration::ZERO } else { self.valid_until.since(now) }
@@ -182,7 +205,7 @@ impl Lease {
 
     /// When to look after a new lease first: at the next slot of its grid, or within [`FIRST_RENEWAL`].
     pub(crate) fn first(&self, now: Instant, phase: Duration) -> Next {
-        let interval = self.paced_by / RENEWALS_PER_TTL;
+        let interval = self.interval();
         if interval > FIRST_RENEWAL {
             // Rounded to a quarter of a second, so that the locks of one moment come in one batch.
             let grain = Duration::from_millis(250);
@@ -202,7 +225,7 @@ impl Lease {
         if let (Outcome::Answered(Renewal::Renewed(ttl)), Instant::FAR) = (outcome, self.max_until) {
             self.paced_by = self.ttl.min(ttl);
         }
-        let interval = self.paced_by / RENEWALS_PER_TTL;
+        let interval = self.interval();
         match outcome {
             Outcome::Answered(Renewal::Lost) => {
                 self.lost = Some(Loss::Removed);

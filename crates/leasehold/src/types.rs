@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+mod fairness;
 mod guarantees;
 
+pub use fairness::Fairness;
 pub use guarantees::{Fencing, Finding, Guarantees, Persistence, Severity};
 
 /// The largest name, in bytes.

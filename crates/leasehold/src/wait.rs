@@ -116,7 +116,7 @@ pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'
 }
 
 /// How long a policy goes on from now, as far as it matters yet; `None` if it has ended.
-fn policy_until(waits: &mut Waits) -> Option<Instant> {
+pub(crate) fn policy_until(waits: &mut Waits) -> Option<Instant> {
     let mut total = waits.next()?.max(LEAST_WAIT);
     while total < POLICY_STEP {
         let Some(wait) = waits.next() else { break };

@@ -19,11 +19,18 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("cell", &["types", "error", "store", "clock", "lease"]),
     ("keeper", &["types", "error", "store", "clock", "lease", "cell"]),
     ("wait", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper"]),
-    ("guard", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper"]),
-    ("mutex", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "guard"]),
+    ("local", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait"]),
+    ("guard", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "local"]),
+    (
+        "mutex",
+        &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "local", "guard"],
+    ),
     (
         "locks",
-        &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "guard", "mutex"],
+        &[
+            "types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "local", "guard",
+            "mutex",
+        ],
     ),
     (
         "url",
