@@ -153,7 +153,9 @@ struct Armed<'a> {
 impl Armed<'_> {
     /// Waits in line until the lock is handed over, there is reason to look again, or the patience is at its end.
     async fn in_line(&mut self, mut ticket: Ticket, waits: &mut Waits, patience: Patience<'_>) -> Line {
-        let mut until = clock::now();
+        // A policy without end need not be asked when that is, some hundred waits ahead.
+        let endless = patience.retry.is_some_and(Retry::is_endless);
+        let mut until = if endless { Instant::FAR } else { clock::now() };
         loop {
             if let Some(Watcher(tell)) = patience.watcher {
                 tell(&ticket);
