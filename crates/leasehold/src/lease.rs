@@ -304,6 +304,37 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_is_passed_on_while_it_is_sure_and_a_third_of_its_lease_is_left() {
+        let mut lease = lease();
+        assert!(lease.may_pass(at(19_697)));
+        assert!(!lease.may_pass(at(19_698)));
+        lease.after_renewal(at(19_000), Outcome::Failed, at(19_100), Duration::ZERO);
+        assert!(!lease.may_pass(at(19_200)), "unsure");
+        let renewed = Outcome::Answered(Renewal::Renewed(TTL));
+        lease.after_renewal(at(19_300), renewed, at(19_400), Duration::ZERO);
+        assert!(lease.may_pass(at(19_500)));
+        assert!(!lease.may_pass(Now { wall: at(26_000).wall, ..at(19_500) }), "paused meanwhile");
+        assert!(!Lease::new(at(0), TTL, TTL, false, None).may_pass(at(1)), "nobody renews it");
+        // What counts is the TTL that the store grants, where that is less than asked.
+        let mut short = Lease::new(at(0), TTL, TTL / 10, true, None);
+        assert!(short.may_pass(at(1_900)) && !short.may_pass(at(2_000)));
+        lease.after_renewal(at(20_000), Outcome::Answered(Renewal::Lost), at(20_100), Duration::ZERO);
+        assert!(!lease.may_pass(at(20_200)), "lost");
+    }
+
+    #[test]
+    fn each_holder_has_its_maximum_hold() {
+        let most = Some(Duration::from_secs(10));
+        let mut lease = Lease::new(at(0), TTL, TTL, true, most);
+        assert_eq!(lease.valid_until(), at(10_000 - 102).boot);
+        lease.begin_hold(at(5_000).boot, most);
+        assert_eq!(lease.valid_until(), at(10_000 - 102).boot, "no more than the store confirmed");
+        let renewed = Outcome::Answered(Renewal::Renewed(TTL));
+        lease.after_renewal(at(6_000), renewed, at(6_001), Duration::ZERO);
+        assert_eq!(lease.valid_until(), at(15_000 - 102).boot);
+    }
+
+    #[test]
     fn a_renewal_answered_too_late_does_not_bring_the_lock_back() {
         let mut lease = lease();
         let renewed = Outcome::Answered(Renewal::Renewed(TTL));

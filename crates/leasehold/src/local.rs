@@ -341,3 +341,84 @@ impl Drop for Holding {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    fn terms(name: &str) -> Terms {
+        Terms {
+            name: Name::new(name).unwrap(),
+            record: Arc::from("{}"),
+            ttl: Duration::from_secs(1),
+            max_hold: None,
+            passes: 3,
+        }
+    }
+
+    fn turn(line: &Arc<Line>) -> Turn {
+        line.join().expect("nobody has the turn")
+    }
+
+    #[test]
+    fn a_line_is_shared_while_somebody_has_it_and_then_forgotten() {
+        let lines = Arc::new(Lines::default());
+        let one = lines.line(terms("a"));
+        assert!(Arc::ptr_eq(&one, &lines.line(terms("a"))));
+        assert!(!Arc::ptr_eq(&one, &lines.line(terms("b"))));
+        assert_eq!(lock(&lines.0).len(), 1);
+        let turn = turn(&one);
+        drop(one);
+        assert_eq!(lock(&lines.0).len(), 1);
+        drop(turn);
+        assert_eq!(lock(&lines.0).len(), 0);
+    }
+
+    #[test]
+    fn a_place_that_was_left_takes_no_room() {
+        let line = Arc::new(Lines::default()).line(terms("a"));
+        let turn = turn(&line);
+        let places: Vec<_> = (0..10).map(|_| line.join().unwrap_err()).collect();
+        let stays = line.join().unwrap_err();
+        drop(places);
+        assert_eq!(lock(&line.queue).waiting.len(), 1);
+        drop((turn, stays));
+        assert!(!lock(&line.queue).taken);
+    }
+
+    #[test]
+    fn the_turn_goes_round_in_order_and_past_those_who_went() {
+        let line = Arc::new(Lines::default()).line(terms("a"));
+        let first = turn(&line);
+        let mut places: VecDeque<_> = (0..4).map(|_| line.join().unwrap_err()).collect();
+        drop(places.remove(1));
+        drop(first);
+        // Sent to the first, who goes before taking it: the next has it.
+        drop(places.pop_front());
+        let mut next = places.pop_front().unwrap();
+        assert!(matches!(next.baton.try_recv(), Ok(Baton::Turn(turn)) if turn.was_awaited()));
+        let mut last = places.pop_front().unwrap();
+        let got = last.baton.try_recv();
+        assert!(matches!(got, Ok(Baton::Turn(_))), "{got:?}");
+        assert!(line.join().is_err(), "the last one has it");
+        drop(got);
+        assert!(line.join().is_ok());
+    }
+
+    #[test]
+    fn an_error_is_told_to_all_who_wait() {
+        let line = Arc::new(Lines::default()).line(terms("a"));
+        let first = turn(&line);
+        let retry = Retry::default();
+        let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(line.enter(&retry, Instant::FAR))).collect();
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(waiting.iter_mut().all(|waiting| waiting.as_mut().poll(&mut cx).is_pending()));
+        first.fail(&Error::invalid("on purpose"));
+        for waiting in &mut waiting {
+            assert!(matches!(waiting.as_mut().poll(&mut cx), Poll::Ready(Err(_))));
+        }
+        assert!(line.join().is_ok());
+    }
+}
