@@ -21,6 +21,9 @@ use crate::retry::Retry;
 use crate::types::{FencingToken, Name, Released};
 use crate::wait::policy_until;
 
+/// How often a claim can be passed on, if so often is allowed, before it is known how often that is wanted.
+const USUAL_PASSES: u32 = 16;
+
 /// What those must agree in who pass a lock on among themselves: all that others see of it, and what its lease goes by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Terms {
@@ -61,6 +64,9 @@ pub(crate) struct Line {
 struct Queue {
     /// Whether somebody has the turn.
     taken: bool,
+    /// How many passes the last claim gives reason to expect of the next. Tokens that are taken and never used let a
+    /// lock's tokens run ahead of the store's time, which is what makes up for tokens that a store lost.
+    expected: u32,
     next: u64,
     /// In order of arrival, and of their numbers.
     waiting: VecDeque<(u64, oneshot::Sender<Baton>)>,
@@ -125,7 +131,8 @@ impl Line {
         let mut queue = lock(&self.queue);
         if !queue.taken {
             queue.taken = true;
-            return Ok(Turn { line: self.clone(), awaited: false, armed: true });
+            let passes = self.passes(&queue);
+            return Ok(Turn { line: self.clone(), passes, awaited: false, armed: true });
         }
         let (sender, baton) = oneshot::channel();
         queue.next += 1;
@@ -134,20 +141,28 @@ impl Line {
         Err(Place { line: self.clone(), number, baton })
     }
 
-    fn is_awaited(&self) -> bool {
-        !lock(&self.queue).waiting.is_empty()
+    fn passes(&self, queue: &Queue) -> u32 {
+        queue.expected.max(USUAL_PASSES).min(self.terms.passes)
+    }
+
+    /// Whether somebody waits to whom a claim may be passed on that was passed on `used` times and can be `left` times.
+    fn is_awaited(&self, used: u32, left: u32) -> bool {
+        let mut queue = lock(&self.queue);
+        let awaited = !queue.waiting.is_empty();
+        queue.expected = if awaited { used.saturating_mul(2) } else { used };
+        awaited && left > 0
     }
 
     fn next(&self) -> Option<oneshot::Sender<Baton>> {
         lock(&self.queue).waiting.pop_front().map(|(_, sender)| sender)
     }
 
-    /// As [`next`](Self::next); if there is none, the turn is anybody's.
-    fn next_or_free(&self) -> Option<oneshot::Sender<Baton>> {
+    /// As [`next`](Self::next), with how often its claim can be passed on; if there is none, the turn is anybody's.
+    fn next_or_free(&self) -> Option<(oneshot::Sender<Baton>, u32)> {
         let mut queue = lock(&self.queue);
         let next = queue.waiting.pop_front();
         queue.taken = next.is_some();
-        next.map(|(_, sender)| sender)
+        next.map(|(_, sender)| (sender, self.passes(&queue)))
     }
 }
 
@@ -185,6 +200,8 @@ impl Drop for Place {
 #[derive(Debug)]
 pub(crate) struct Turn {
     line: Arc<Line>,
+    /// How often what is claimed in it can be passed on.
+    passes: u32,
     awaited: bool,
     armed: bool,
 }
@@ -192,7 +209,7 @@ pub(crate) struct Turn {
 impl Turn {
     /// How many tokens a claim needs.
     pub(crate) fn tokens(&self) -> u32 {
-        self.line.terms.passes.saturating_add(1)
+        self.passes.saturating_add(1)
     }
 
     /// Whether it was waited for.
@@ -214,8 +231,8 @@ impl Drop for Turn {
         if !self.armed {
             return;
         }
-        while let Some(sender) = self.line.next_or_free() {
-            let turn = Self { line: self.line.clone(), awaited: true, armed: true };
+        while let Some((sender, passes)) = self.line.next_or_free() {
+            let turn = Self { line: self.line.clone(), passes, awaited: true, armed: true };
             match sender.send(Baton::Turn(turn)) {
                 Err(Baton::Turn(mut back)) => back.armed = false,
                 _ => return,
@@ -242,6 +259,12 @@ struct Share {
     left: u32,
 }
 
+impl Share {
+    fn is_awaited(&self) -> bool {
+        self.turn.line.is_awaited(self.turn.passes - self.left, self.left)
+    }
+}
+
 impl Holding {
     /// What `cell` keeps, held with `token` and passed on to nobody.
     pub(crate) fn new(keeper: Arc<Keeper>, cell: Arc<Cell>, token: FencingToken) -> Self {
@@ -250,7 +273,7 @@ impl Holding {
 
     /// The same, to be passed on in the line of `turn`.
     pub(crate) fn shared_with(mut self, turn: Turn) -> Self {
-        let left = turn.line.terms.passes;
+        let left = turn.passes;
         self.share = Some(Share { turn, left });
         self
     }
@@ -288,8 +311,7 @@ impl Holding {
 
     /// Whether a waiter of this process has it now.
     fn pass(&mut self) -> bool {
-        let Some(mut share) = self.share.take_if(|share| share.left > 0 && share.turn.line.is_awaited())
-        else {
+        let Some(mut share) = self.share.take_if(|share| share.is_awaited()) else {
             return false;
         };
         let token = FencingToken::new(self.token.get() + 1);
@@ -405,6 +427,27 @@ mod tests {
         assert!(line.join().is_err(), "the last one has it");
         drop(got);
         assert!(line.join().is_ok());
+    }
+
+    #[test]
+    fn a_claim_takes_tokens_as_they_are_wanted() {
+        let line = Arc::new(Lines::default()).line(Terms { passes: 100, ..terms("a") });
+        let tokens = || turn(&line).tokens();
+        assert_eq!(tokens(), 17);
+        let (held, place) = (turn(&line), line.join().unwrap_err());
+        assert!(line.is_awaited(15, 1));
+        assert!(!line.is_awaited(16, 0));
+        drop((place, held));
+        assert_eq!(tokens(), 33);
+        assert!(!line.is_awaited(20, 12));
+        assert_eq!(tokens(), 21);
+        let (held, place) = (turn(&line), line.join().unwrap_err());
+        assert!(!line.is_awaited(80, 0));
+        drop((place, held));
+        assert_eq!(tokens(), 101, "no more than is allowed");
+        assert!(!line.is_awaited(0, 100));
+        assert_eq!(tokens(), 17);
+        assert_eq!(turn(&Arc::new(Lines::default()).line(terms("b"))).tokens(), 4);
     }
 
     #[test]

@@ -342,6 +342,10 @@ impl Mutex {
                 Err(error) if turn.was_awaited() && error.is_transient() && clock::now() < until => {
                     clock::sleep_until(clock::now().plus(OUTAGE_STEP).min(until)).await;
                 }
+                // The time was up while others of this process had it, and the store could not be asked any more.
+                Err(error) if turn.was_awaited() && error.is_transient() && clock::now() >= deadline => {
+                    return Ok(Err(None));
+                }
                 ended => return ended,
             }
         }

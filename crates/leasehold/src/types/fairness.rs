@@ -11,8 +11,9 @@ pub enum Fairness {
     /// the store. Then it goes back there, whether others wait or not, so that they get their turn; the next of this
     /// process lines up behind them. For a lock that many tasks of one process want again and again, for a moment each.
     ///
-    /// - A process claims the lock once for all its waiters, and takes `max + 1` fencing tokens with the claim: each holder
-    ///   has its own guard and its own token, larger than the one before, and smaller than those of any later claim.
+    /// - A process claims the lock once for all its waiters, and takes a block of fencing tokens with the claim: each
+    ///   holder has its own guard and its own token, larger than the one before, and smaller than those of any later claim.
+    ///   The block begins with 17 tokens (or `max + 1`), and grows and shrinks with what was used of the last one.
     /// - The lease is renewed and checked as ever. It is passed on only while the guard is [`Held`](crate::Status::Held),
     ///   not `Unsure`, and more than a third of its TTL is left; else it is given back to the store, and so it is if nobody
     ///   of this process waits. A loss concerns the guard that has it then.
