@@ -4,7 +4,7 @@
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -261,14 +261,18 @@ async fn drop_after(polls: usize, work: impl Future<Output = ()>) {
     .await;
 }
 
-/// A store that yields before and after each call, so that there are awaits to be dropped at.
+/// A store that yields before and after each call, so that there are awaits to be dropped at. Made silent, it answers no
+/// claim.
 #[derive(Debug)]
-struct Yielding(Arc<MemoryStore>);
+struct Yielding(Arc<MemoryStore>, AtomicBool);
 
 #[async_trait::async_trait]
 impl Store for Yielding {
     async fn acquire(&self, claim: &Claim) -> leasehold::Result<leasehold::Acquired> {
         tokio::task::yield_now().await;
+        if self.1.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         let answer = self.0.acquire(claim).await;
         tokio::task::yield_now().await;
         answer
@@ -305,7 +309,7 @@ impl Store for Yielding {
 #[tokio::test]
 async fn whoever_is_dropped_at_any_await_keeps_it_from_nobody() {
     let store = Arc::new(MemoryStore::new());
-    let locks = Locks::over(Arc::new(Yielding(store.clone()))).unwrap();
+    let locks = Locks::over(Arc::new(Yielding(store.clone(), AtomicBool::new(false)))).unwrap();
     let mutex = local(&locks, 2);
     let cycle = || async {
         let guard = mutex.lock().await.unwrap();
@@ -521,7 +525,7 @@ async fn a_leaked_lock_is_not_passed_on() {
 #[tokio::test]
 async fn an_outage_fails_those_who_come_then_and_not_those_who_wait() {
     let store = Arc::new(MemoryStore::new());
-    let locks = Locks::over(Arc::new(Yielding(store.clone()))).unwrap();
+    let locks = Locks::over(Arc::new(Yielding(store.clone(), AtomicBool::new(false)))).unwrap();
     let mutex = local(&locks, 1);
     store.inject(Verb::Acquire, [Fault::Refuse]);
     let comers: Vec<_> = (0..3).map(|_| waiter(&mutex)).collect();
@@ -540,6 +544,23 @@ async fn an_outage_fails_those_who_come_then_and_not_those_who_wait() {
     let (one, two) = (bad.lock(), bad.lock());
     let (one, two) = tokio::join!(one, two);
     assert_eq!((one.unwrap_err().kind(), two.unwrap_err().kind()), (ErrorKind::Invalid, ErrorKind::Invalid));
+}
+
+#[tokio::test]
+async fn one_who_waited_here_until_the_time_was_up_is_told_busy() {
+    let store = Arc::new(Yielding(Arc::new(MemoryStore::new()), AtomicBool::new(false)));
+    let locks = Locks::over(store.clone()).unwrap();
+    let mutex = local(&locks, 1);
+    let guard = mutex.lock().await.unwrap();
+    let one = waiter(&mutex);
+    let mut two = Box::pin(mutex.lock_for(ms(200)));
+    assert!(two.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    guard.unlock().await.unwrap();
+    store.1.store(true, Ordering::SeqCst);
+    one.await.unwrap().unlock().await.unwrap();
+    assert!(two.await.unwrap().is_none(), "the store did not answer, but the lock was busy before");
+    let unheard = mutex.lock_for(ms(50)).await.unwrap_err();
+    assert_eq!(unheard.kind(), ErrorKind::Unknown);
 }
 
 #[tokio::test]
