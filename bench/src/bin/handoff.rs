@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use leasehold::Locks;
+use leasehold::{Fairness, Locks};
 use leasehold_chaos::servers::RedisServer;
 use redis::{AsyncConnectionConfig, IntoConnectionInfo};
 use tokio::sync::Barrier;
@@ -20,9 +20,10 @@ const SPAN: Duration = Duration::from_secs(4);
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [_, "worker", url, name, tasks, hold_us, span_ms] => worker(
+        [_, "worker", url, name, passes, tasks, hold_us, span_ms] => worker(
             url,
             name,
+            passes.parse().unwrap(),
             tasks.parse().unwrap(),
             Duration::from_micros(hold_us.parse().unwrap()),
             Duration::from_millis(span_ms.parse().unwrap()),
@@ -37,7 +38,7 @@ fn report() {
     for round in 1..=3 {
         let ping = ping(&url);
         println!("round {round}: PING after PING {ping:.1} us (median)");
-        let mut seen = run(&url, &format!("two:{round}"), 2, 1, Duration::from_millis(1));
+        let mut seen = run(&url, &format!("two:{round}"), 0, 2, 1, Duration::from_millis(1));
         let (median, p99) = seen.handoffs();
         let beside = quantile(&mut seen.pings, 0.5);
         println!(
@@ -47,11 +48,18 @@ fn report() {
             p99 / beside,
             seen.holds.len()
         );
-        for (processes, tasks) in [(1, 128), (8, 16)] {
-            let seen = run(&url, &format!("crowd:{round}:{processes}"), processes, tasks, Duration::ZERO);
+        let mut fifo = None;
+        for (processes, tasks, passes) in [(1, 128, 0), (8, 16, 0), (1, 128, 100)] {
+            let name = format!("crowd:{round}:{processes}:{passes}");
+            let seen = run(&url, &name, passes, processes, tasks, Duration::ZERO);
             let rate = seen.rate();
+            let fifo = *fifo.get_or_insert(rate);
+            let order = match passes {
+                0 => String::new(),
+                _ => format!(", local first ({passes}): {:.1} x Fifo", rate / fifo),
+            };
             println!(
-                "  {processes} x {tasks} tasks, empty section: {rate:.0} holds/s = {:.2} per PING after PING, {:.2} per PING while holding; Jain {:.4}",
+                "  {processes} x {tasks} tasks, empty section: {rate:.0} holds/s = {:.2} per PING after PING, {:.2} per PING while holding; Jain {:.4}{order}",
                 rate * ping / 1e6,
                 rate * beside / 1e6,
                 seen.jain()
@@ -148,12 +156,12 @@ impl Seen {
     }
 }
 
-fn run(url: &str, name: &str, processes: usize, tasks: usize, hold: Duration) -> Seen {
+fn run(url: &str, name: &str, passes: u32, processes: usize, tasks: usize, hold: Duration) -> Seen {
     let program = std::env::current_exe().unwrap();
     let workers: Vec<Child> = (0..processes)
         .map(|_| {
             Command::new(&program)
-                .args(["worker", url, name, &tasks.to_string()])
+                .args(["worker", url, name, &passes.to_string(), &tasks.to_string()])
                 .args([hold.as_micros().to_string(), SPAN.as_millis().to_string()])
                 .stdout(Stdio::piped())
                 .spawn()
@@ -184,8 +192,8 @@ fn nanos() -> u64 {
     u64::try_from(time.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap()
 }
 
-/// Locks and unlocks with so many tasks, and prints each hold at the end.
-fn worker(url: &str, name: &str, tasks: usize, hold: Duration, span: Duration) {
+/// Locks and unlocks with so many tasks, passing on so often (0: never), and prints each hold at the end.
+fn worker(url: &str, name: &str, passes: u32, tasks: usize, hold: Duration, span: Duration) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (_driver, connection) = connect_raw(url);
     let holds = runtime.block_on(async {
@@ -194,7 +202,8 @@ fn worker(url: &str, name: &str, tasks: usize, hold: Duration, span: Duration) {
         let ends = Instant::now() + span;
         let running: Vec<_> = (0..tasks)
             .map(|task| {
-                let (mutex, ready, mut connection) = (locks.mutex(name), ready.clone(), connection.clone());
+                let mutex = locks.mutex(name).fairness(Fairness::LocalFirst { max: passes });
+                let (ready, mut connection) = (ready.clone(), connection.clone());
                 tokio::spawn(async move {
                     ready.wait().await;
                     let mut holds = Vec::new();

@@ -17,7 +17,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lease::{Loss, Status};
 use crate::retry::Retry;
 use crate::types::{
-    ClaimId, FencingToken, Finding, Guarantees, LockView, Name, Owner, Page, Query, Released, Ticket,
+    ClaimId, Fairness, FencingToken, Finding, Guarantees, LockView, Name, Owner, Page, Query, Released,
+    Ticket,
 };
 
 /// Connects to the store at `url`; see [`leasehold::connect`](crate::connect).
@@ -145,6 +146,12 @@ impl Mutex {
     #[must_use]
     pub fn deadlock_after(self, wait: Duration) -> Self {
         Self(self.0.deadlock_after(wait))
+    }
+
+    /// As [`Mutex::fairness`](crate::Mutex::fairness).
+    #[must_use]
+    pub fn fairness(self, fairness: Fairness) -> Self {
+        Self(self.0.fairness(fairness))
     }
 
     /// Waits for the lock.

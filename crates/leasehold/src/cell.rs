@@ -19,8 +19,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What the keeper and a guard know of one held lock.
 #[derive(Debug)]
 pub(crate) struct Cell {
+    /// The claim: one, however often the lock is passed on within the process. Its token is that of the first holder.
     pub(crate) held: Held,
-    token: FencingToken,
     pub(crate) state: Mutex<State>,
     pub(crate) changed: Notify,
 }
@@ -29,6 +29,10 @@ pub(crate) struct Cell {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) lease: Lease,
+    /// The token of who holds it now.
+    token: FencingToken,
+    /// Since when it is passed on to a waiter of this process who has not taken it up yet.
+    offered: Option<Instant>,
     /// Its place in the keeper's table.
     pub(crate) due: Option<Instant>,
     pub(crate) phase: Phase,
@@ -36,6 +40,19 @@ pub(crate) struct State {
     pub(crate) in_flight: bool,
     /// Counts changes that `changed` tells.
     pub(crate) version: u64,
+}
+
+impl State {
+    /// For how long a renewal that is due has to be put off: another one is under way, or nobody has taken up what was
+    /// passed on. Such a lock is not kept for a waiter that may have been forgotten: it ends by its TTL.
+    pub(crate) fn put_off(&self, now: Instant) -> Option<Duration> {
+        if self.in_flight {
+            // An extension asked for by the guard: it may yet be dropped, so look again soon.
+            return Some(Duration::from_millis(50));
+        }
+        let interval = self.lease.interval().max(Duration::from_millis(1));
+        self.offered.filter(|since| now.since(*since) > interval).map(|_| interval)
+    }
 }
 
 /// Whether it is still the keeper's to renew.
@@ -50,8 +67,16 @@ pub(crate) enum Phase {
 impl Cell {
     /// A lock held by `held` since a grant with `token`, for as long as `lease` goes.
     pub(crate) fn new(held: Held, token: FencingToken, lease: Lease) -> Self {
-        let state = State { lease, due: None, phase: Phase::Held, in_flight: false, version: 0 };
-        Self { held, token, state: Mutex::new(state), changed: Notify::new() }
+        let state = State {
+            lease,
+            token,
+            offered: None,
+            due: None,
+            phase: Phase::Held,
+            in_flight: false,
+            version: 0,
+        };
+        Self { held, state: Mutex::new(state), changed: Notify::new() }
     }
 
     /// The claim as held.
@@ -59,9 +84,28 @@ impl Cell {
         &self.held
     }
 
-    /// The fencing token.
-    pub(crate) fn token(&self) -> FencingToken {
-        self.token
+    /// Makes it the hold of `token`, for a waiter of this process to take up, if the lease is good enough for that.
+    pub(crate) fn offer(&self, token: FencingToken) -> bool {
+        let now = clock::look();
+        let mut state = lock(&self.state);
+        if state.phase != Phase::Held || !state.lease.may_pass(now) {
+            return false;
+        }
+        state.token = token;
+        state.offered = Some(now.boot);
+        true
+    }
+
+    /// Takes up what was passed on, if the lease is still good enough: from here on it may be held for `max_hold`.
+    pub(crate) fn take_up(&self, max_hold: Option<Duration>) -> bool {
+        let now = clock::look();
+        let mut state = lock(&self.state);
+        if state.phase != Phase::Held || !state.lease.may_pass(now) {
+            return false;
+        }
+        state.offered = None;
+        state.lease.begin_hold(now.boot, max_hold);
+        true
     }
 
     /// How sure the holder can be now.
@@ -79,20 +123,28 @@ impl Cell {
         lock(&self.state).lease.valid_until()
     }
 
-    /// Resolves at the loss, before the store can give the lock away: by the clock, whatever the keeper does.
-    pub(crate) async fn lost(self: Arc<Self>) -> Loss {
-        loop {
-            let notified = self.changed.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
-            let until = {
-                let mut state = lock(&self.state);
-                if let Some(loss) = state.lease.loss(clock::now()) {
-                    return loss;
+    /// Resolves at the loss, before the store can give the lock away: by the clock, whatever the keeper does. Once it
+    /// was passed on, the hold of `token` has nothing to lose any more: then at the end that was last known of it.
+    pub(crate) fn lost(self: Arc<Self>, token: FencingToken) -> impl Future<Output = Loss> + Send + use<> {
+        let mut until = self.valid_until();
+        async move {
+            loop {
+                let notified = self.changed.notified();
+                tokio::pin!(notified);
+                notified.as_mut().enable();
+                {
+                    let mut state = lock(&self.state);
+                    if state.token == token {
+                        if let Some(loss) = state.lease.loss(clock::now()) {
+                            return loss;
+                        }
+                        until = state.lease.valid_until();
+                    } else if clock::now() >= until {
+                        return Loss::Expired;
+                    }
                 }
-                state.lease.valid_until()
-            };
-            let _ = clock::timeout_at(until, notified).await;
+                let _ = clock::timeout_at(until, notified).await;
+            }
         }
     }
 
@@ -118,7 +170,8 @@ impl Cell {
 
     /// Logs the loss. Not to be called under a lock: whoever listens may look at the guard.
     pub(crate) fn tell_loss(&self, loss: Loss) {
-        tracing::warn!(lock = %self.held.name, token = %self.token, %loss, "lock lost");
+        let token = lock(&self.state).token;
+        tracing::warn!(lock = %self.held.name, %token, %loss, "lock lost");
     }
 
     /// Takes in a renewal's answer and tells those who wait for a change.
@@ -137,13 +190,14 @@ impl Cell {
         state.version += 1;
         let loss = state.lease.loss(now.boot);
         let is_news = state.phase == Phase::Held && !was_lost;
+        let token = state.token;
         // Whoever listens to what is logged may look at the guard.
         drop(state);
         if is_news {
             if let Some(loss) = loss {
                 self.tell_loss(loss);
             } else if let Err(error) = answer {
-                tracing::warn!(lock = %self.held.name, token = %self.token, %error, "renewal failed, trying again");
+                tracing::warn!(lock = %self.held.name, %token, %error, "renewal failed, trying again");
             }
         }
         self.changed.notify_waiters();

@@ -10,6 +10,7 @@ use crate::clock::Instant;
 use crate::error::Result;
 use crate::keeper::Keeper;
 use crate::lease::{Loss, Status};
+use crate::local::Holding;
 use crate::store::check_ttl;
 use crate::types::{Binding, ClaimId, FencingToken, Name, Query, Released};
 
@@ -25,44 +26,51 @@ use crate::types::{Binding, ClaimId, FencingToken, Name, Query, Released};
 /// checks [`fencing_token`](Self::fencing_token) is safe from a holder that was paused and wakes too late.
 #[must_use = "the lock is released when the guard is dropped"]
 pub struct Guard {
-    cell: Arc<Cell>,
-    keeper: Arc<Keeper>,
-    armed: bool,
+    holding: Holding,
 }
 
 impl Guard {
-    pub(crate) fn new(keeper: Arc<Keeper>, cell: Arc<Cell>) -> Self {
-        Self { cell, keeper, armed: true }
+    pub(crate) fn new(holding: Holding) -> Self {
+        Self { holding }
+    }
+
+    fn cell(&self) -> &Arc<Cell> {
+        self.holding.cell()
+    }
+
+    fn keeper(&self) -> &Keeper {
+        self.holding.keeper()
     }
 
     /// The name of the lock.
     pub fn name(&self) -> &Name {
-        &self.cell.held().name
+        &self.cell().held().name
     }
 
-    /// The identity of this claim, as it stands in the store.
+    /// The identity of this claim, as it stands in the store. Guards to which the lock is passed on within a process
+    /// ([`Fairness::LocalFirst`](crate::Fairness)) share one claim.
     pub fn claim_id(&self) -> ClaimId {
-        self.cell.held().id
+        self.cell().held().id
     }
 
     /// The number to give to the resource with every write; see [`FencingToken`] and [`fence`](crate::fence).
     pub fn fencing_token(&self) -> FencingToken {
-        self.cell.token()
+        self.holding.token()
     }
 
     /// How sure the holder can be now. Reads the clock; no I/O.
     pub fn status(&self) -> Status {
-        self.cell.status()
+        self.cell().status()
     }
 
     /// Time left in which nobody else can be granted the lock, as far as is confirmed. Zero once lost. No I/O.
     pub fn remaining(&self) -> Duration {
-        self.cell.remaining()
+        self.cell().remaining()
     }
 
     /// The moment at which the lock can no longer be trusted, unless it is renewed before. No I/O.
     pub fn valid_until(&self) -> Instant {
-        self.cell.valid_until()
+        self.cell().valid_until()
     }
 
     /// Resolves when the lock is lost, before the store can grant it anew; with the reason. It does not borrow the guard,
@@ -72,7 +80,7 @@ impl Guard {
     /// # Cancel safety
     /// Safe: it only watches.
     pub fn lost(&self) -> impl Future<Output = Loss> + Send + 'static + use<> {
-        self.cell.clone().lost()
+        self.cell().clone().lost(self.fencing_token())
     }
 
     /// Resolves at the next change of [`valid_until`](Self::valid_until) or [`status`](Self::status) after this call.
@@ -80,7 +88,7 @@ impl Guard {
     /// # Cancel safety
     /// Safe: it only watches.
     pub fn changed(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
-        self.cell.clone().next_change()
+        self.cell().clone().next_change()
     }
 
     /// Makes the lease last at least `ttl` from now and returns the trustworthy time left. It never shortens a lease and
@@ -96,9 +104,9 @@ impl Guard {
     /// # Round trips
     /// One.
     pub async fn extend(&self, ttl: Duration) -> Result<Duration> {
-        let store = self.keeper.store();
+        let store = self.keeper().store();
         check_ttl(&store.guarantees(), ttl).map_err(|error| error.on_store(&store.location()))?;
-        self.keeper.renew_now(&self.cell, |held| held.extend = Some(ttl)).await
+        self.keeper().renew_now(self.cell(), |held| held.extend = Some(ttl)).await
     }
 
     /// Asks the store how long the lock would last if nothing renewed it. Zero if this claim does not hold it any more.
@@ -112,7 +120,7 @@ impl Guard {
     /// # Round trips
     /// One.
     pub async fn ttl(&self) -> Result<Duration> {
-        let page = self.keeper.store().inspect(&Query::One(self.name().clone())).await?;
+        let page = self.keeper().store().inspect(&Query::One(self.name().clone())).await?;
         let holder = page.items.into_iter().next().and_then(|view| view.holder);
         let mine = holder.filter(|holder| holder.id == Some(self.claim_id()));
         Ok(mine.and_then(|holder| holder.remaining).unwrap_or_default())
@@ -120,6 +128,9 @@ impl Guard {
 
     /// Gives the lock back and tells how it stood: [`Released::Released`] if it was this claim's until now,
     /// `NotHeld` or `HeldByOther` if it had been lost before. After a known answer nothing is ever sent for this claim.
+    ///
+    /// A lock that is passed on within the process ([`Fairness::LocalFirst`](crate::Fairness)) is `Released` too, without
+    /// asking the store: it was [`Held`](Status::Held) in that moment.
     ///
     /// # Errors
     /// The store's. After `Unknown` or `Unavailable` the keeper goes on releasing in the background until the lease has
@@ -129,10 +140,9 @@ impl Guard {
     /// Safe: dropped, the release goes on in the background.
     ///
     /// # Round trips
-    /// One.
-    pub async fn unlock(mut self) -> Result<Released> {
-        self.armed = false;
-        self.keeper.release_now(&self.cell).await
+    /// One; none if it is passed on.
+    pub async fn unlock(self) -> Result<Released> {
+        self.holding.unlock().await
     }
 
     /// Leaves the lock held, renewed once more to its full TTL and then by nobody: it ends by itself, whether or not this
@@ -148,18 +158,10 @@ impl Guard {
     /// One.
     pub async fn leak(mut self) -> Result<FencingToken> {
         // First, so that no renewal in the background follows, which would bind it to this process again.
-        self.keeper.leave(&self.cell);
-        self.keeper.renew_now(&self.cell, |held| held.binding = Binding::Expiry).await?;
-        self.armed = false;
+        self.keeper().leave(self.cell());
+        self.keeper().renew_now(self.cell(), |held| held.binding = Binding::Expiry).await?;
+        self.holding.leave();
         Ok(self.fencing_token())
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if self.armed {
-            self.keeper.drop_lock(&self.cell);
-        }
     }
 }
 

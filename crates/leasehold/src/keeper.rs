@@ -250,9 +250,8 @@ impl Shared {
                 lost.push((cell, loss));
                 continue;
             }
-            if state.in_flight {
-                // An extension asked for by the guard is under way and may yet be dropped: look again soon.
-                let soon = now.plus(Duration::from_millis(50));
+            if let Some(wait) = state.put_off(now) {
+                let soon = now.plus(wait);
                 state.due = Some(soon);
                 drop(state);
                 table.due.insert((soon, cell.held.id), cell);

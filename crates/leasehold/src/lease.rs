@@ -16,6 +16,8 @@ pub(crate) const FIRST_RENEWAL: Duration = Duration::from_secs(1);
 /// The TTL of a mutex unless set: long enough that ten renewals ride out a failover, short enough to wait for a crash.
 pub const DEFAULT_TTL: Duration = Duration::from_secs(30);
 
+/// A lock is passed on within the process while more than this part of its TTL is left: a third.
+const LEAST_PART_PASSED: u32 = 3;
 const DRIFT_PART: u32 = 100;
 const DRIFT_LEAST: Duration = Duration::from_millis(2);
 
@@ -30,6 +32,11 @@ pub(crate) fn drift(ttl: Duration) -> Duration {
 /// Until when a lease can be trusted that was answered with `ttl` to a request sent at `sent_at`.
 pub(crate) fn valid_until(sent_at: Instant, ttl: Duration) -> Instant {
     sent_at.plus(ttl.saturating_sub(drift(ttl)))
+}
+
+/// Until when a hold that begins at `from` may last at most.
+fn max_until(from: Instant, max_hold: Option<Duration>) -> Instant {
+    max_hold.map_or(Instant::FAR, |hold| from.plus(hold.saturating_sub(drift(hold))))
 }
 
 /// How sure a holder can be of its lock.
@@ -110,8 +117,7 @@ impl Lease {
         renewing: bool,
         max_hold: Option<Duration>,
     ) -> Self {
-        let max_until =
-            max_hold.map_or(Instant::FAR, |hold| sent.boot.plus(hold.saturating_sub(drift(hold))));
+        let max_until = max_until(sent.boot, max_hold);
         Self {
             ttl,
             paced_by: ttl.min(granted),
@@ -162,6 +168,23 @@ impl Lease {
         ahead.saturating_sub(self.wall_ahead) > drift(self.ttl)
     }
 
+    /// Whether another holder can have it from now on: surely held, renewed, and with enough left for him to begin with.
+    pub(crate) fn may_pass(&mut self, now: Now) -> bool {
+        self.renewing
+            && self.status(now) == Status::Held
+            && self.remaining(now.boot) > self.paced_by / LEAST_PART_PASSED
+    }
+
+    /// Counts the maximum hold from now on.
+    pub(crate) fn begin_hold(&mut self, now: Instant, max_hold: Option<Duration>) {
+        self.max_until = max_until(now, max_hold);
+    }
+
+    /// How long from one renewal to the next.
+    pub(crate) fn interval(&self) -> Duration {
+        self.paced_by / RENEWALS_PER_TTL
+    }
+
     /// Time left that can be trusted.
     pub(crate) fn remaining(&mut self, now: Instant) -> Duration {
         if self.loss(now).is_some() { Duration::ZERO } else { self.valid_until.since(now) }
@@ -182,7 +205,7 @@ impl Lease {
 
     /// When to look after a new lease first: at the next slot of its grid, or within [`FIRST_RENEWAL`].
     pub(crate) fn first(&self, now: Instant, phase: Duration) -> Next {
-        let interval = self.paced_by / RENEWALS_PER_TTL;
+        let interval = self.interval();
         if interval > FIRST_RENEWAL {
             // Rounded to a quarter of a second, so that the locks of one moment come in one batch.
             let grain = Duration::from_millis(250);
@@ -202,7 +225,7 @@ impl Lease {
         if let (Outcome::Answered(Renewal::Renewed(ttl)), Instant::FAR) = (outcome, self.max_until) {
             self.paced_by = self.ttl.min(ttl);
         }
-        let interval = self.paced_by / RENEWALS_PER_TTL;
+        let interval = self.interval();
         match outcome {
             Outcome::Answered(Renewal::Lost) => {
                 self.lost = Some(Loss::Removed);
@@ -278,6 +301,37 @@ mod tests {
         lease.after_renewal(at(5_000), renewed, at(9_000), Duration::ZERO);
         assert_eq!(lease.valid_until(), valid_until(at(5_000).boot, TTL));
         assert_eq!(lease.status(at(9_000)), Status::Held);
+    }
+
+    #[test]
+    fn a_lock_is_passed_on_while_it_is_sure_and_a_third_of_its_lease_is_left() {
+        let mut lease = lease();
+        assert!(lease.may_pass(at(19_697)));
+        assert!(!lease.may_pass(at(19_698)));
+        lease.after_renewal(at(19_000), Outcome::Failed, at(19_100), Duration::ZERO);
+        assert!(!lease.may_pass(at(19_200)), "unsure");
+        let renewed = Outcome::Answered(Renewal::Renewed(TTL));
+        lease.after_renewal(at(19_300), renewed, at(19_400), Duration::ZERO);
+        assert!(lease.may_pass(at(19_500)));
+        assert!(!lease.may_pass(Now { wall: at(26_000).wall, ..at(19_500) }), "paused meanwhile");
+        assert!(!Lease::new(at(0), TTL, TTL, false, None).may_pass(at(1)), "nobody renews it");
+        // What counts is the TTL that the store grants, where that is less than asked.
+        let mut short = Lease::new(at(0), TTL, TTL / 10, true, None);
+        assert!(short.may_pass(at(1_900)) && !short.may_pass(at(2_000)));
+        lease.after_renewal(at(20_000), Outcome::Answered(Renewal::Lost), at(20_100), Duration::ZERO);
+        assert!(!lease.may_pass(at(20_200)), "lost");
+    }
+
+    #[test]
+    fn each_holder_has_its_maximum_hold() {
+        let most = Some(Duration::from_secs(10));
+        let mut lease = Lease::new(at(0), TTL, TTL, true, most);
+        assert_eq!(lease.valid_until(), at(10_000 - 102).boot);
+        lease.begin_hold(at(5_000).boot, most);
+        assert_eq!(lease.valid_until(), at(10_000 - 102).boot, "no more than the store confirmed");
+        let renewed = Outcome::Answered(Renewal::Renewed(TTL));
+        lease.after_renewal(at(6_000), renewed, at(6_001), Duration::ZERO);
+        assert_eq!(lease.valid_until(), at(15_000 - 102).boot);
     }
 
     #[test]

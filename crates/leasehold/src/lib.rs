@@ -58,6 +58,7 @@ pub mod fence;
 mod guard;
 mod keeper;
 mod lease;
+mod local;
 mod locks;
 mod mutex;
 mod retry;

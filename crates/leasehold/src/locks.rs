@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::keeper::{Bench, DEFAULT_CLOSE_TIMEOUT, Keeper};
+use crate::local::Lines;
 use crate::mutex::Mutex;
 use crate::store::Store;
 use crate::types::{Fencing, Finding, Guarantees, LockView, Name, Page, Query};
@@ -17,6 +18,7 @@ use crate::types::{Fencing, Finding, Guarantees, LockView, Name, Page, Query};
 #[derive(Clone, Debug)]
 pub struct Locks {
     keeper: Arc<Keeper>,
+    lines: Arc<Lines>,
 }
 
 impl Locks {
@@ -36,13 +38,13 @@ impl Locks {
     }
 
     pub(crate) fn kept(bench: Bench, store: Arc<dyn Store>, close_timeout: Duration) -> Self {
-        Self { keeper: bench.keep(store, close_timeout) }
+        Self { keeper: bench.keep(store, close_timeout), lines: Arc::default() }
     }
 
     /// A handle on the lock `name`: any bytes, 1 to 512 of them, not beginning with `leasehold:`. No I/O; a bad name is
     /// told by the first use.
     pub fn mutex(&self, name: impl AsRef<[u8]>) -> Mutex {
-        Mutex::new(self.keeper.clone(), Name::new(name))
+        Mutex::new(self.keeper.clone(), self.lines.clone(), Name::new(name))
     }
 
     /// Looks at one lock: who holds it, since when, with what token.

@@ -10,13 +10,20 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guard::Guard;
 use crate::keeper::Keeper;
 use crate::lease::{DEFAULT_TTL, Status};
+use crate::local::{Entered, Holding, Line, Lines, Terms, Turn};
 use crate::retry::Retry;
 use crate::store::check_ttl;
-use crate::types::{Claim, InvalidName, MAX_RECORD_BYTES, Name, Owner, Record, Released, Ticket};
+use crate::types::{
+    Claim, Fairness, Holder, InvalidName, MAX_RECORD_BYTES, Name, Owner, Record, Released, Ticket,
+};
 use crate::wait::{self, Ended, Patience, Watcher};
 
 /// How long a waiter with an owner waits before it looks for a deadlock.
 const DEFAULT_DEADLOCK_AFTER: Duration = Duration::from_secs(1);
+/// How long a waiter that rides out an outage waits before it looks again.
+const OUTAGE_STEP: Duration = Duration::from_millis(50);
+/// The most passes of one claim, which takes one token more.
+const MAX_PASSES: u32 = 999_999;
 
 /// A handle on one named lock. Cheap: making, cloning and dropping it does no I/O.
 ///
@@ -28,6 +35,9 @@ pub struct Mutex {
     settings: Settings,
     /// The encoded record, made once from the settings.
     record: Arc<OnceLock<Result<Arc<str>>>>,
+    lines: Arc<Lines>,
+    /// The line of this process, once it is known.
+    line: OnceLock<Arc<Line>>,
 }
 
 #[derive(Clone, Debug)]
@@ -43,10 +53,15 @@ struct Settings {
     watcher: Option<Watcher>,
     owner: Option<Owner>,
     deadlock_after: Duration,
+    fairness: Fairness,
 }
 
 impl Mutex {
-    pub(crate) fn new(keeper: Arc<Keeper>, name: std::result::Result<Name, InvalidName>) -> Self {
+    pub(crate) fn new(
+        keeper: Arc<Keeper>,
+        lines: Arc<Lines>,
+        name: std::result::Result<Name, InvalidName>,
+    ) -> Self {
         let settings = Settings {
             ttl: DEFAULT_TTL,
             renew: true,
@@ -59,13 +74,15 @@ impl Mutex {
             watcher: None,
             owner: None,
             deadlock_after: DEFAULT_DEADLOCK_AFTER,
+            fairness: Fairness::Fifo,
         };
-        Self { keeper, name, settings, record: Arc::default() }
+        Self { keeper, name, settings, record: Arc::default(), lines, line: OnceLock::new() }
     }
 
     fn with(mut self, change: impl FnOnce(&mut Settings)) -> Self {
         change(&mut self.settings);
         self.record = Arc::default();
+        self.line = OnceLock::new();
         self
     }
 
@@ -89,7 +106,8 @@ impl Mutex {
     }
 
     /// Sets the longest time that one hold may last, however often it is renewed: the guard is then lost
-    /// ([`Loss::MaxHold`](crate::Loss::MaxHold)) and the store frees the lock.
+    /// ([`Loss::MaxHold`](crate::Loss::MaxHold)) and the store frees the lock. Where a lock is passed on within the process
+    /// ([`Fairness::LocalFirst`]), each holder has this time.
     ///
     /// # Default
     /// None: a stuck holder that still runs keeps its lock.
@@ -216,6 +234,15 @@ impl Mutex {
         self.with(|settings| settings.deadlock_after = wait)
     }
 
+    /// Sets who is next when several wait: see [`Fairness`], with what each promises and what it costs.
+    ///
+    /// # Default
+    /// [`Fairness::Fifo`]: nobody is overtaken.
+    #[must_use]
+    pub fn fairness(self, fairness: Fairness) -> Self {
+        self.with(|settings| settings.fairness = fairness)
+    }
+
     /// The name of the lock.
     ///
     /// # Errors
@@ -338,15 +365,63 @@ impl Mutex {
         &self,
         retry: Option<&Retry>,
         deadline: Instant,
-    ) -> Result<std::result::Result<Guard, Option<crate::types::Holder>>> {
-        let mut claim = Claim::new(self.name.clone()?, clock::claim_id(), self.settings.ttl)
-            .with_record(self.record.get_or_init(|| self.encode_record()).clone()?);
-        claim.queue = retry.is_some();
-        claim.queue_limit = self.settings.max_queue;
+    ) -> Result<std::result::Result<Guard, Option<Holder>>> {
         let deadline = match self.settings.max_wait {
             Some(limit) if retry.is_some() => deadline.min(clock::now().plus(limit)),
             _ => deadline,
         };
+        let line = if retry.is_some() { self.line()? } else { None };
+        let Some((retry, line)) = retry.zip(line) else {
+            return Ok(self.claim(retry, deadline, 1).await?.map(Guard::new));
+        };
+        match line.enter(retry, deadline).await? {
+            Entered::Passed(holding) => Ok(Ok(Guard::new(holding))),
+            Entered::Over => Ok(Err(None)),
+            Entered::Turn(turn) => match self.claim_in_turn(retry, deadline, &turn).await {
+                Ok(claimed) => Ok(claimed.map(|holding| Guard::new(holding.shared_with(turn)))),
+                Err(error) => {
+                    if error.is_transient() && clock::now() < deadline {
+                        turn.fail(&error);
+                    }
+                    Err(error)
+                }
+            },
+        }
+    }
+
+    /// Claims it for a line. One who waited in it before rides out an outage of one TTL, as every waiter does.
+    async fn claim_in_turn(
+        &self,
+        retry: &Retry,
+        deadline: Instant,
+        turn: &Turn,
+    ) -> Result<std::result::Result<Holding, Option<Holder>>> {
+        let until = clock::now().plus(self.settings.ttl).min(deadline);
+        loop {
+            match self.claim(Some(retry), deadline, turn.tokens()).await {
+                Err(error) if turn.was_awaited() && error.is_transient() && clock::now() < until => {
+                    clock::sleep_until(clock::now().plus(OUTAGE_STEP).min(until)).await;
+                }
+                // The time was up while others of this process had it, and the store could not be asked any more.
+                Err(error) if turn.was_awaited() && error.is_transient() && clock::now() >= deadline => {
+                    return Ok(Err(None));
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn claim(
+        &self,
+        retry: Option<&Retry>,
+        deadline: Instant,
+        tokens: u32,
+    ) -> Result<std::result::Result<Holding, Option<Holder>>> {
+        let mut claim = Claim::new(self.name.clone()?, clock::claim_id(), self.settings.ttl)
+            .with_record(self.record.get_or_init(|| self.encode_record()).clone()?)
+            .with_tokens(tokens);
+        claim.queue = retry.is_some();
+        claim.queue_limit = self.settings.max_queue;
         let guarantees = self.keeper.store().guarantees();
         check_ttl(&guarantees, claim.ttl).map_err(|bad| self.tell(bad))?;
         if let Some(limit) = self.settings.max_hold {
@@ -362,14 +437,39 @@ impl Mutex {
                 let Settings { renew, max_hold, .. } = self.settings;
                 let cell = self.keeper.keep(&claim, &won.grant, won.sent, renew, max_hold, won.suspect);
                 tracing::debug!(lock = %claim.name, claim = %claim.id, token = %won.grant.token, "acquired");
-                let guard = Guard::new(self.keeper.clone(), cell);
+                let holding = Holding::new(self.keeper.clone(), cell, won.grant.token);
                 if !renew && won.grant.ttl < claim.ttl && won.was_handed {
                     // What is handed over is short at first, and nobody else will lengthen it.
-                    let _ = guard.extend(claim.ttl).await;
+                    let _ = self.keeper.renew_now(holding.cell(), |held| held.extend = Some(claim.ttl)).await;
                 }
-                Ok(Ok(guard))
+                Ok(Ok(holding))
             }
         }
+    }
+
+    /// The line of this process, where its locks may be passed on.
+    fn line(&self) -> Result<Option<Arc<Line>>> {
+        if let Some(line) = self.line.get() {
+            return Ok(Some(line.clone()));
+        }
+        let passes = match self.settings.fairness {
+            Fairness::LocalFirst { max } => max.min(MAX_PASSES),
+            Fairness::Fifo => 0,
+        };
+        // Without renewals what is left of the lease gets less with every holder; without a line there is no turn of
+        // others to be kept.
+        if passes == 0 || !self.settings.renew || !self.keeper.store().guarantees().fifo {
+            return Ok(None);
+        }
+        let terms = Terms {
+            name: self.name.clone()?,
+            record: self.record.get_or_init(|| self.encode_record()).clone()?,
+            ttl: self.settings.ttl,
+            max_hold: self.settings.max_hold,
+            passes,
+        };
+        let line = self.lines.line(terms);
+        Ok(Some(self.line.get_or_init(|| line).clone()))
     }
 
     fn encode_record(&self) -> Result<Arc<str>> {

@@ -18,7 +18,11 @@ pub type Waits = Box<dyn Iterator<Item = Duration> + Send>;
 /// # Default
 /// Exponential from 4 ms to 256 ms with full jitter, without end: `lock` waits until it is granted.
 #[derive(Clone)]
-pub struct Retry(Arc<dyn Fn() -> Waits + Send + Sync>);
+pub struct Retry {
+    make: Arc<dyn Fn() -> Waits + Send + Sync>,
+    /// Whether it is known to have no end.
+    endless: bool,
+}
 
 impl Retry {
     /// Any iterator of waits, made anew for each acquisition.
@@ -39,17 +43,27 @@ impl Retry {
         I: IntoIterator<Item = Duration>,
         I::IntoIter: Send + 'static,
     {
-        Self(Arc::new(move || Box::new(make().into_iter())))
+        Self { make: Arc::new(move || Box::new(make().into_iter())), endless: false }
+    }
+
+    fn endless(self) -> Self {
+        Self { endless: true, ..self }
+    }
+
+    /// Whether it is known to have no end, so that nobody need ask it when that is.
+    pub(crate) fn is_endless(&self) -> bool {
+        self.endless
     }
 
     /// The same wait each time, without end.
     pub fn constant(wait: Duration) -> Self {
         Self::from_fn(move || ConstantBuilder::default().with_delay(wait).without_max_times().build())
+            .endless()
     }
 
     /// `step`, twice `step`, three times `step`, and so on up to `most`, without end.
     pub fn linear(step: Duration, most: Duration) -> Self {
-        Self::from_fn(move || (1_u32..).map(move |n| step.saturating_mul(n).min(most)))
+        Self::from_fn(move || (1_u32..).map(move |n| step.saturating_mul(n).min(most))).endless()
     }
 
     /// From `least`, doubling up to `most`, without end.
@@ -62,13 +76,15 @@ impl Retry {
                 .without_max_times()
                 .build()
         })
+        .endless()
     }
 
     /// The same policy with each wait drawn at random between nothing and its length ("full jitter"), which keeps
     /// waiters that began together from coming back together.
     #[must_use]
     pub fn with_jitter(self) -> Self {
-        Self::from_fn(move || self.waits().map(crate::clock::jitter))
+        let endless = self.endless;
+        Self { endless, ..Self::from_fn(move || self.waits().map(crate::clock::jitter)) }
     }
 
     /// The same policy, ended after so many waits: one more try than that is made.
@@ -84,7 +100,7 @@ impl Retry {
 
     /// The waits of one acquisition.
     pub fn waits(&self) -> Waits {
-        (self.0)()
+        (self.make)()
     }
 }
 
@@ -116,6 +132,8 @@ mod tests {
         assert_eq!(millis(&Retry::exponential(ms(4), ms(20))), [4, 8, 16, 20, 20]);
         assert_eq!(millis(&Retry::constant(ms(7)).at_most(2)), [7, 7]);
         assert_eq!(millis(&Retry::never()), [0; 0]);
+        assert!(Retry::default().is_endless() && Retry::constant(ms(1)).is_endless());
+        assert!(!Retry::default().at_most(9).with_jitter().is_endless() && !Retry::never().is_endless());
         let long = Retry::default().waits().take(2_000).collect::<Vec<_>>();
         assert!(long.len() == 2_000 && long.iter().all(|wait| *wait <= ms(256)));
         assert!(long.iter().collect::<std::collections::HashSet<_>>().len() > 100, "jitter is at work");

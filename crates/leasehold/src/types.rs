@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+mod fairness;
 mod guarantees;
 mod owner;
 
+pub use fairness::Fairness;
 pub use guarantees::{Fencing, Finding, Guarantees, Persistence, Severity};
 pub use owner::{InvalidOwner, MAX_OWNER_BYTES, Owner};
 

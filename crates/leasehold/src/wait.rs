@@ -20,7 +20,7 @@ const PRESENTATIONS: u32 = 3;
 const LEAST_WAIT: Duration = Duration::from_millis(1);
 /// How far ahead a retry policy is asked how long it goes on, by one who waits in line and needs no tries: at first, and
 /// then twice as far each time, at most.
-const POLICY_STEP: Duration = Duration::from_millis(50);
+pub(crate) const POLICY_STEP: Duration = Duration::from_millis(50);
 const POLICY_STEP_MOST: Duration = Duration::from_secs(60);
 
 /// Who is told where a waiter stands in line.
@@ -122,7 +122,7 @@ pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'
 }
 
 /// How long a policy goes on from now, as far as `step` asks; `None` if it has ended.
-fn policy_until(waits: &mut Waits, step: Duration) -> Option<Instant> {
+pub(crate) fn policy_until(waits: &mut Waits, step: Duration) -> Option<Instant> {
     let mut total = waits.next()?.max(LEAST_WAIT);
     while total < step {
         let Some(wait) = waits.next() else { break };
@@ -162,7 +162,9 @@ struct Armed<'a> {
 impl Armed<'_> {
     /// Waits in line until the lock is handed over, there is reason to look again, or the patience is at its end.
     async fn in_line(&mut self, mut ticket: Ticket, waits: &mut Waits, patience: Patience<'_>) -> Line {
-        let (mut until, mut step) = (clock::now(), POLICY_STEP);
+        // A policy without end need not be asked when that is, some hundred waits ahead.
+        let endless = patience.retry.is_some_and(Retry::is_endless);
+        let (mut until, mut step) = (if endless { Instant::FAR } else { clock::now() }, POLICY_STEP);
         if let Some((owner, after)) = patience.owner {
             self.lookout.get_or_insert_with(|| Lookout::new(self.keeper.store(), owner, after));
         }

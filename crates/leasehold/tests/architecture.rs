@@ -20,11 +20,18 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("keeper", &["types", "error", "store", "clock", "lease", "cell"]),
     ("deadlock", &["types", "error", "store", "clock"]),
     ("wait", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "deadlock"]),
-    ("guard", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper"]),
-    ("mutex", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "guard"]),
+    ("local", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait"]),
+    ("guard", &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "local"]),
+    (
+        "mutex",
+        &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "local", "guard"],
+    ),
     (
         "locks",
-        &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "guard", "mutex"],
+        &[
+            "types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "local", "guard",
+            "mutex",
+        ],
     ),
     (
         "url",
