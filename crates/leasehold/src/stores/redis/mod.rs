@@ -207,7 +207,7 @@ impl RedisStore {
     }
 
     async fn release_once(&self, held: &Held) -> Result<Released> {
-        let answer = self.give_back(held).await;
+        let answer = self.give_back(held, true).await;
         if held.waiting {
             // Only now: a grant that came meanwhile was passed on by this very release.
             self.waiting.forget(held.id);
@@ -215,11 +215,12 @@ impl RedisStore {
         answer
     }
 
-    async fn give_back(&self, held: &Held) -> Result<Released> {
+    /// Releases; and forbids the claim for good, if it `may` and a request of it may be under way still.
+    async fn give_back(&self, held: &Held, may_forbid: bool) -> Result<Released> {
         let keys = self.keyspace.keys(&held.name)?;
         let deadline = self.deadline(None);
         let link = self.connector.link(deadline).await?;
-        let forbid = held.suspect || held.session != link.generation;
+        let forbid = may_forbid && (held.suspect || held.session != link.generation);
         let job = wrote(release_job(&keys, held, forbid))?;
         let patience = Patience { deadline, is_short: false };
         match self.accepted(self.connector.submit(&link, job, patience).await?)? {

@@ -73,7 +73,8 @@ async fn present(store: Arc<RedisStore>, due: Due) {
 async fn pass_on(store: Arc<RedisStore>, name: Name, id: ClaimId) {
     let held = Held::queued(&Claim::new(name, id, super::LEAST_TTL), store.connector.session());
     for _ in 0..3 {
-        match store.release_once(&held).await {
+        // Not forbidden: its caller may be between two presentations of it. Whoever gives up forbids it by its own release.
+        match store.give_back(&held, false).await {
             Err(error) if error.is_transient() => clock::sleep(Duration::from_millis(20)).await,
             _ => break,
         }
