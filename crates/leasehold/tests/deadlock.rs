@@ -16,6 +16,7 @@ use leasehold::{
     Acquired, Claim, Error, ErrorKind, Finding, Guarantees, Guard, Held, LockView, Locks, Owner, Page, Query,
     Released, Renewal, Ticket, Woken, clock,
 };
+use leasehold_chaos::servers::RedisServer;
 use tokio::task::JoinHandle;
 
 /// Every case on one store: `$make` gives what must live as long, and two handles as of two processes.
@@ -47,6 +48,25 @@ macro_rules! suite {
 }
 
 suite!(memory, memory());
+suite!(redis, redis());
+suite!(sqlite, sqlite());
+
+async fn redis() -> (RedisServer, [Locks; 2]) {
+    let server = RedisServer::start();
+    let locks = two(&server.url()).await;
+    (server, locks)
+}
+
+async fn sqlite() -> (tempfile::TempDir, [Locks; 2]) {
+    let folder = tempfile::tempdir().unwrap();
+    let locks = two(&format!("sqlite:{}", folder.path().join("locks.db").display())).await;
+    (folder, locks)
+}
+
+/// Two handles on a real store, each with a connection of its own.
+async fn two(url: &str) -> [Locks; 2] {
+    [leasehold::connect(url).await.unwrap(), leasehold::connect(url).await.unwrap()]
+}
 
 #[expect(clippy::unused_async, reason = "every store is made in the same way")]
 async fn memory() -> ((), [Locks; 2]) {
