@@ -139,6 +139,8 @@ impl Keeper {
     ) -> Arc<Cell> {
         let mut held = Held::new(claim, grant);
         held.suspect = suspect;
+        // A presentation that comes late may put it in line behind its own hold.
+        held.waiting = suspect && claim.queue;
         let lease = Lease::new(sent, claim.ttl, grant.ttl, renewing, max_hold);
         let first = lease.first(clock::now(), self.shared.phase);
         let cell = Arc::new(Cell::new(held, grant.token, lease));

@@ -319,6 +319,14 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
         assert!(worst(&findings) <= Severity::Note, "{findings:#?}");
         assert_eq!(found(&findings, "login").found, format!("user {name}"));
 
+        // First: a user that loses its channels loses the connections that listen to them.
+        cmd::<()>(&mut raw, &format!("ACL SETUSER {name} resetchannels"));
+        assert!(store.diagnose().await.iter().any(|finding| finding.found.contains("channels leasehold:*")));
+        assert!(
+            !self::store(&url).await.unwrap().guarantees().fifo,
+            "who cannot be called does not wait in line"
+        );
+        cmd::<()>(&mut raw, &format!("ACL SETUSER {name} &leasehold:*"));
         for right in RIGHTS {
             cmd::<()>(&mut raw, &format!("ACL SETUSER {name} -{right}"));
             let findings = store.diagnose().await;
@@ -336,12 +344,6 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
             }
             cmd::<()>(&mut raw, &format!("ACL SETUSER {name} +{right}"));
         }
-        cmd::<()>(&mut raw, &format!("ACL SETUSER {name} resetchannels"));
-        assert!(store.diagnose().await.iter().any(|finding| finding.found.contains("channels leasehold:*")));
-        assert!(
-            !self::store(&url).await.unwrap().guarantees().fifo,
-            "who cannot be called does not wait in line"
-        );
         cmd::<()>(&mut raw, &format!("ACL SETUSER {name} resetkeys ~other:*"));
         refused(&store, "a", ErrorKind::Rejected, &name).await;
         assert!(store.diagnose().await.iter().any(|finding| finding.found.contains("leasehold:*")));

@@ -179,14 +179,25 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
   end
 
   if what == 'leave' then
-    -- Takes a claim out of the line; its entry, if that is known, is given as the value.
+    -- Takes a claim out of the line; its entry, if that is known, is given as the value. Where it is not, a late request may
+    -- have put the claim in line twice.
     local entry = value
     if not entry then
       local _, found = find(claim)
       entry = found
     end
-    local left = entry and pcall('LREM', queue, 1, entry)
-    if type(left) == 'number' and left > 0 and call('EXISTS', queue) == 0 then call('DEL', alive) end
+    local left = 0
+    while entry do
+      local removed = pcall('LREM', queue, 1, entry)
+      if type(removed) ~= 'number' or removed == 0 then break end
+      left = left + removed
+      entry = nil
+      if not value then
+        local _, found = find(claim)
+        entry = found
+      end
+    end
+    if left > 0 and call('EXISTS', queue) == 0 then call('DEL', alive) end
     return
   end
 

@@ -24,11 +24,11 @@ for i = 1, count do
   -- MGET shows a key of another type as none; and a claim that waits may have been handed the lock a moment ago, by an
   -- earlier release of this very call.
   if not value or #owner > 37 then value = pcall('GET', KEYS[i]) end
-  answers[i] = give(KEYS[i], KEYS[count + i], owner, value)
   if sub(owner, 38, 38) == 'w' then
-    local entry = string.match(owner, ' (.+)$')
-    line('leave', nil, KEYS[i], KEYS[count + i], sub(owner, 5, 36), entry)
+    -- First, so that it is not handed what it gives back.
+    line('leave', nil, KEYS[i], KEYS[count + i], sub(owner, 5, 36), string.match(owner, ' (.+)$'))
   end
+  answers[i] = give(KEYS[i], KEYS[count + i], owner, value)
 end
 if ended[1] then call('DEL', unpack(ended)) end
 for i = 1, count do

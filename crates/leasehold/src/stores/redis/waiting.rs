@@ -222,6 +222,8 @@ impl Waiting {
         place.dormant = false;
         place.heard = sent.boot;
         place.again = again;
+        // Should the answer get lost, it may stand there by another entry.
+        place.entry = None;
         if !matches!(place.news, Some(News::Granted(..))) {
             place.news = None;
         }
@@ -308,7 +310,7 @@ impl Waiting {
     pub(super) fn granted(&self, id: ClaimId) {
         let mut table = self.table();
         // Only one that may have stood in line before can have been sent one.
-        if table.remove(id).is_some_and(|place| place.again || place.entry.is_some()) {
+        if table.remove(id).is_some_and(|place| place.again) {
             table.told.insert(id, clock::now());
         }
     }
