@@ -19,6 +19,10 @@ use crate::types::{
 /// A line in order, for [`Place::read`]: each place, and when its process was last heard of.
 pub(super) const PLACES: &str = "SELECT q.seq, q.claim, q.lifeline, q.bound, q.ttl, q.tokens, q.since, q.record, \
      w.boot, w.heard FROM queue q LEFT JOIN waiting w ON w.lifeline = q.lifeline WHERE q.name = ?1 ORDER BY q.seq";
+/// The places of all lines in whose records a text stands, and the names of the locks.
+pub(super) const WAITS: &str = "SELECT q.seq, q.claim, q.lifeline, q.bound, q.ttl, q.tokens, q.since, q.record, \
+     w.boot, w.heard, q.name FROM queue q LEFT JOIN waiting w ON w.lifeline = q.lifeline \
+     WHERE instr(q.record, ?1) > 0 ORDER BY q.name, q.seq";
 /// Its first place.
 const FIRST: &str = "SELECT q.seq, q.claim, q.lifeline, q.bound, q.ttl, q.tokens, q.since, q.record, \
      w.boot, w.heard FROM queue q LEFT JOIN waiting w ON w.lifeline = q.lifeline WHERE q.name = ?1 ORDER BY q.seq LIMIT 1";
