@@ -138,6 +138,10 @@ impl Run<'_> {
         let granted_at = clock::now();
         self.tell_acquired(&guard);
         let leash = self.plan.leash;
+        if guard.remaining() <= leash.kill_after + leash.margin {
+            // A lock that was handed over has a short lease at first. If it cannot be made longer, that is said below.
+            let _ = guard.extend(self.plan.ttl).await;
+        }
         let changed = guard.changed();
         orders.deadline = guard.valid_until();
         if guard.remaining() <= leash.kill_after + leash.margin {

@@ -76,6 +76,23 @@ fn every_exit_code_means_what_the_table_says() {
     assert_eq!(holder.end().0, Some(0));
 }
 
+/// What is handed over to a waiter lasts 30 s at first.
+#[test]
+fn a_run_that_waited_has_the_lease_that_its_kill_after_needs() {
+    let place = Place::new();
+    let mut holder = place.leasehold(["run", "held", "--", "sh", "-c", "echo ready; cat"]);
+    holder.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut holder = Running::start(holder);
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| place.run(["run", "--ttl", "5m", "-k", "1m", "held", "--", "true"]));
+        while !text(&place.run(["show", "--json", "held"]).stdout).contains("\"waiters\":1") {}
+        drop(holder.child.stdin.take());
+        let output = waiter.join().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    });
+    assert_eq!(holder.end().0, Some(0));
+}
+
 #[test]
 fn runners_are_never_inside_together() {
     let place = Place::new();

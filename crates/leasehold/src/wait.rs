@@ -68,7 +68,8 @@ pub(crate) enum Ended {
 /// Dropped at any await it leaves nothing behind: the keeper releases what may have been granted.
 pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'_>) -> Result<Ended> {
     let Patience { retry, deadline, .. } = patience;
-    let mut armed = Armed { keeper, claim, suspect: false, in_flight: false, queued: None, lookout: None };
+    let mut armed =
+        Armed { keeper, claim, suspect: false, in_flight: false, queued: None, told: None, lookout: None };
     let mut waits: Option<Waits> = None;
     let mut outage: Option<Instant> = None;
     loop {
@@ -155,6 +156,8 @@ struct Armed<'a> {
     in_flight: bool,
     /// The session on which the claim was put in line.
     queued: Option<u64>,
+    /// The place in line that its watcher was told last.
+    told: Option<Option<u64>>,
     /// For a claim in line that has an owner.
     lookout: Option<Lookout>,
 }
@@ -165,11 +168,16 @@ impl Armed<'_> {
         // A policy without end need not be asked when that is, some hundred waits ahead.
         let endless = patience.retry.is_some_and(Retry::is_endless);
         let (mut until, mut step) = (if endless { Instant::FAR } else { clock::now() }, POLICY_STEP);
+        // Whoever was told this place hears no more of it for looks and policies that change nothing.
+        let mut news = self.told != Some(ticket.ahead());
         if let Some((owner, after)) = patience.owner {
             self.lookout.get_or_insert_with(|| Lookout::new(self.keeper.store(), owner, after));
         }
         loop {
-            if let Some(Watcher(tell)) = patience.watcher {
+            if let Some(Watcher(tell)) = patience.watcher
+                && std::mem::take(&mut news)
+            {
+                self.told = Some(ticket.ahead());
                 tell(&ticket);
             }
             if clock::now() >= until {
@@ -192,7 +200,7 @@ impl Armed<'_> {
                     }
                     return Line::Look;
                 }
-                Some(Woken::Waiting(now)) => ticket = now,
+                Some(Woken::Waiting(now)) => (ticket, news) = (now, true),
                 Some(Woken::Look) => return Line::Look,
                 None if clock::now() >= patience.deadline => return Line::Over(ticket.holder().cloned()),
                 None => {}

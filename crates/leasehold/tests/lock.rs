@@ -565,3 +565,16 @@ async fn a_policy_of_zero_waits_neither_panics_nor_spins() {
     assert!((3..=102).contains(&asked), "{asked} tries in 100 ms");
     let _ = guard.unlock().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_waiter_is_told_its_place_once_as_long_as_nothing_changes() {
+    let (_store, locks) = memory();
+    let _held = locks.mutex("a").lock().await.unwrap();
+    let told = Arc::new(AtomicU64::new(0));
+    let count = told.clone();
+    let mutex = locks.mutex("a").on_wait(move |_| {
+        count.fetch_add(1, Ordering::SeqCst);
+    });
+    assert!(mutex.lock_for(ms(500)).await.unwrap().is_none());
+    assert_eq!(told.load(Ordering::SeqCst), 1, "looks and the retry policy are no news");
+}

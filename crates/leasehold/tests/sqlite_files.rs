@@ -94,6 +94,27 @@ fn every_file_is_private() {
     assert!(default_path().unwrap().ends_with(".local/state/leasehold/locks.db"));
 }
 
+/// The owner of a database could otherwise have root, working on it, open and give away any file.
+#[test]
+fn a_link_in_place_of_a_file_beside_the_database_is_refused() {
+    for (suffix, target) in [("-gate", "file"), ("-live", "folder")] {
+        let (folder, path) = place();
+        drop(open(&path));
+        let target = folder.path().join(target);
+        fs::write(folder.path().join("file"), "").unwrap();
+        fs::create_dir(folder.path().join("folder")).unwrap();
+        let aside = beside(&path, suffix);
+        until(|| fs::remove_file(&aside).is_ok() || fs::remove_dir(&aside).is_ok());
+        symlink(&target, &aside).unwrap();
+        // Only root can give away; everybody is refused.
+        let _ = std::os::unix::fs::chown(&path, Some(12_345), Some(12_345));
+        let owner = fs::metadata(&target).unwrap().uid();
+        let error = refusal(&path);
+        assert!(error.to_string().contains(suffix), "{error}");
+        assert_eq!(fs::metadata(&target).unwrap().uid(), owner);
+    }
+}
+
 #[test]
 fn a_store_that_ends_leaves_nothing_but_the_database_and_the_gate() {
     let (folder, path) = place();

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,7 +54,9 @@ impl Bell {
 
     /// Whether it hangs where others look for it.
     pub(super) fn in_place(&self) -> bool {
-        self.path.exists()
+        let number = |found: io::Result<Metadata>| found.map(|found| (found.dev(), found.ino())).ok();
+        number(fs::symlink_metadata(&self.path))
+            .is_some_and(|hung| Some(hung) == number(self.pipe.metadata()))
     }
 }
 
@@ -104,6 +107,9 @@ mod tests {
             heard.extend(rings.recv().unwrap());
         }
         assert_eq!(heard, claims);
+        fs::remove_file(&path).unwrap();
+        files::create_pipe(&path, &found).unwrap();
+        assert!(!bell.in_place(), "another hangs there");
         drop(bell);
         assert!(rings.recv().is_err(), "the thread has ended");
         assert!(!path.exists() && ring(&path, claims[0]).is_err());

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -218,9 +218,10 @@ pub(super) fn open_private(path: &Path, database: &Metadata) -> Result<File> {
         .create(true)
         .truncate(false)
         .mode(PRIVATE_FILE)
+        .custom_flags(no_link())
         .open(path)
         .map_err(|e| unusable(path, e))?;
-    hand_over(path, database);
+    hand_over(&file, database);
     Ok(file)
 }
 
@@ -231,9 +232,10 @@ pub(super) fn create_private(path: &Path, database: &Metadata) -> Result<File> {
         .write(true)
         .create_new(true)
         .mode(PRIVATE_FILE)
+        .custom_flags(no_link())
         .open(path)
         .map_err(|e| unusable(path, e))?;
-    hand_over(path, database);
+    hand_over(&file, database);
     Ok(file)
 }
 
@@ -242,8 +244,9 @@ pub(super) fn create_private(path: &Path, database: &Metadata) -> Result<File> {
 /// For reading and writing: so a reader never sees its end, and a writer whose reader is gone gets no signal.
 pub(super) fn create_pipe(path: &Path, database: &Metadata) -> io::Result<File> {
     rustix::fs::mkfifoat(rustix::fs::CWD, path, rustix::fs::Mode::from_raw_mode(PRIVATE_FILE))?;
-    hand_over(path, database);
-    OpenOptions::new().read(true).write(true).open(path)
+    let pipe = OpenOptions::new().read(true).write(true).custom_flags(no_link()).open(path)?;
+    hand_over(&pipe, database);
+    Ok(pipe)
 }
 
 /// Opens a pipe that another process made, to write into it without ever waiting.
@@ -260,18 +263,33 @@ pub(super) fn open_pipe(path: &Path) -> io::Result<File> {
 /// Makes a private folder, unless it is there.
 pub(super) fn private_folder(path: &Path, database: &Metadata) -> Result<()> {
     match DirBuilder::new().mode(PRIVATE_FOLDER).create(path) {
-        Ok(()) => hand_over(path, database),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        Ok(()) => {
+            let made = OpenOptions::new().read(true).custom_flags(no_link()).open(path);
+            hand_over(&made.map_err(|e| unusable(path, e))?, database);
+        }
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && is_folder(path) => {}
         Err(e) => return Err(unusable(path, e)),
     }
     Ok(())
 }
 
-/// Root working on a user's database must not leave files that the user cannot open.
-fn hand_over(path: &Path, database: &Metadata) {
-    if fs::metadata(path).is_ok_and(|found| found.uid() != database.uid()) {
+/// The flag of `open` that refuses a symbolic link: its owner could make root open, and hand over, any file.
+fn no_link() -> i32 {
+    rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()
+}
+
+/// Whether a folder is there, and no link to one.
+fn is_folder(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_dir())
+}
+
+/// Root working on a user's database must not leave files that the user cannot open, nor give away others: so it goes by
+/// the open file and not by its path, and a file with another name besides is left alone.
+fn hand_over(file: &File, database: &Metadata) {
+    let is_ours_alone = |found: &Metadata| found.is_dir() || found.nlink() == 1;
+    if file.metadata().is_ok_and(|found| found.uid() != database.uid() && is_ours_alone(&found)) {
         // Only root can; for anybody else the file is their own anyway.
-        let _ = chown(path, Some(database.uid()), Some(database.gid()));
+        let _ = fchown(file, Some(database.uid()), Some(database.gid()));
     }
 }
 

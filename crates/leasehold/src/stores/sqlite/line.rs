@@ -19,6 +19,10 @@ use crate::types::{
 /// A line in order, for [`Place::read`]: each place, and when its process was last heard of.
 pub(super) const PLACES: &str = "SELECT q.seq, q.claim, q.lifeline, q.bound, q.ttl, q.tokens, q.since, q.record, \
      w.boot, w.heard FROM queue q LEFT JOIN waiting w ON w.lifeline = q.lifeline WHERE q.name = ?1 ORDER BY q.seq";
+/// The places of all lines in whose records a text stands, and the names of the locks.
+pub(super) const WAITS: &str = "SELECT q.seq, q.claim, q.lifeline, q.bound, q.ttl, q.tokens, q.since, q.record, \
+     w.boot, w.heard, q.name FROM queue q LEFT JOIN waiting w ON w.lifeline = q.lifeline \
+     WHERE instr(q.record, ?1) > 0 ORDER BY q.name, q.seq";
 /// Its first place.
 const FIRST: &str = "SELECT q.seq, q.claim, q.lifeline, q.bound, q.ttl, q.tokens, q.since, q.record, \
      w.boot, w.heard FROM queue q LEFT JOIN waiting w ON w.lifeline = q.lifeline WHERE q.name = ?1 ORDER BY q.seq LIMIT 1";
@@ -215,9 +219,14 @@ impl Transaction<'_> {
         }
     }
 
-    /// Hands a lock that nobody holds to the first in line who can take it; those who cannot are taken out. `asking`
-    /// presents its claim just now. False: nobody stands in line any more.
-    pub(super) fn advance(&mut self, name: &Name, lock: &Lock, asking: Option<&Claim>) -> Result<bool> {
+    /// Hands a lock that nobody holds, whose last token was `last`, to the first in line who can take it; those who cannot
+    /// are taken out. `asking` presents its claim just now. False: nobody stands in line any more.
+    pub(super) fn advance(
+        &mut self,
+        name: &Name,
+        last: Option<FencingToken>,
+        asking: Option<&Claim>,
+    ) -> Result<bool> {
         // Those who were handed it and died in the same moment are passed over by the next look.
         while let Some(place) = self.first(name)? {
             self.remove(&place)?;
@@ -234,7 +243,7 @@ impl Transaction<'_> {
                 record: &place.record,
                 line: true,
             };
-            let token = self.grant(name, Some(lock.token), &award)?;
+            let token = self.grant(name, last, &award)?;
             if asks.is_none() {
                 let (name, claim, lifeline) = (name.clone(), place.claim, place.lifeline);
                 self.handed.push(Handed { name, claim, lifeline, token, ttl });
@@ -252,13 +261,16 @@ impl Transaction<'_> {
     }
 
     /// Hands the lock on if its hold has ended and somebody stands in line. For the rounds and for cleaning up.
+    ///
+    /// It goes by the line itself, not by what the lock's row says of it: a program of schema version 1 knows nothing of
+    /// lines, and forgets a row that is old and free.
     pub(super) fn hand_on(&mut self, name: &Name) -> Result<()> {
-        let Some(lock) = self.find(name)? else { return Ok(()) };
-        if !lock.line || self.live(&lock).is_some() {
+        let lock = self.find(name)?;
+        if lock.as_ref().is_some_and(|lock| self.live(lock).is_some()) {
             return Ok(());
         }
         self.note_bound(name, false);
-        if !self.advance(name, &lock, None)? {
+        if !self.advance(name, lock.map(|lock| lock.token), None)? {
             self.clear(name)?;
         }
         Ok(())

@@ -158,6 +158,8 @@ impl Database {
 
     fn seat(&mut self, claim: &Claim, ticket: &Ticket, sent: Now) {
         let now = clock::now();
+        // What it was handed earlier in this turn has ended, or it would not stand in line: told now, it would count anew.
+        self.rounds.local.retain(|handed| handed.claim != claim.id);
         let look_at = now.plus(SETTLE.min(heard_every(claim.ttl)));
         self.room.seat(claim, ticket, sent, look_at);
         let rounds = &mut self.rounds;
@@ -444,5 +446,38 @@ impl Database {
         });
         self.leave();
         done.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use super::super::{Options, open};
+    use super::*;
+
+    /// A turn at the gate that takes longer than a lease: on a slow disk, or in a process that was stopped in it.
+    #[test]
+    fn a_lock_handed_and_lost_within_one_turn_is_not_told_to_its_claim_that_waits_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut database = open::open(&folder.path().join("db"), &Options::default()).unwrap();
+        let claim = || {
+            let claim = Claim::new(Name::new("a").unwrap(), clock::claim_id(), Duration::from_millis(20));
+            claim.with_queue(true)
+        };
+        let (first, late, next) = (claim(), claim(), claim());
+        let Acquired::Granted(grant) = database.acquire(&first, clock::look()).unwrap() else {
+            panic!("busy")
+        };
+        assert!(matches!(database.acquire(&late, clock::look()).unwrap(), Acquired::Queued(_)));
+        assert_eq!(database.release(&Held::new(&first, &grant)).unwrap(), Released::Released);
+        pollster::block_on(clock::sleep(late.ttl));
+        assert!(matches!(database.acquire(&next, clock::look()).unwrap(), Acquired::Granted(_)));
+        let Acquired::Queued(ticket) = database.acquire(&late, clock::look()).unwrap() else {
+            panic!("two hold it")
+        };
+        database.settle();
+        let woken = pin!(database.room.woken(&ticket)).poll(&mut Context::from_waker(Waker::noop()));
+        assert!(woken.is_pending(), "{woken:?}");
     }
 }

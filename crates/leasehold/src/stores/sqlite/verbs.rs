@@ -186,7 +186,7 @@ impl Transaction<'_> {
                 };
             }
             // Nobody comes before those who wait.
-            if !row.line || !self.advance(&claim.name, row, Some(claim))? {
+            if !row.line || !self.advance(&claim.name, Some(row.token), Some(claim))? {
                 break lock;
             }
         };
@@ -272,10 +272,10 @@ impl Transaction<'_> {
                 (held.id.as_bytes(), self.boot.id(), self.now.saturating_add(micros(TOMBSTONE))),
             )?;
         }
-        let Some(lock) = self.find(&held.name)? else { return Ok(Released::NotHeld) };
-        if held.waiting && lock.line {
+        if held.waiting {
             self.leave_line(&held.name, held.id)?;
         }
+        let Some(lock) = self.find(&held.name)? else { return Ok(Released::NotHeld) };
         let live = self.live(&lock);
         let answer = match live {
             None => Released::NotHeld,
@@ -287,7 +287,7 @@ impl Transaction<'_> {
         };
         self.note_bound(&held.name, false);
         if lock.line {
-            if !self.advance(&held.name, &lock, None)? {
+            if !self.advance(&held.name, Some(lock.token), None)? {
                 self.clear(&held.name)?;
             }
             return Ok(answer);
