@@ -156,8 +156,8 @@ struct Armed<'a> {
     in_flight: bool,
     /// The session on which the claim was put in line.
     queued: Option<u64>,
-    /// The place in line that its watcher was told last.
-    told: Option<Option<u64>>,
+    /// The place in line that its watcher was told last; the largest number for a place that the store does not say.
+    told: Option<u64>,
     /// For a claim in line that has an owner.
     lookout: Option<Lookout>,
 }
@@ -169,7 +169,7 @@ impl Armed<'_> {
         let endless = patience.retry.is_some_and(Retry::is_endless);
         let (mut until, mut step) = (if endless { Instant::FAR } else { clock::now() }, POLICY_STEP);
         // Whoever was told this place hears no more of it for looks and policies that change nothing.
-        let mut news = self.told != Some(ticket.ahead());
+        let mut news = self.told != Some(ticket.ahead().unwrap_or(u64::MAX));
         if let Some((owner, after)) = patience.owner {
             self.lookout.get_or_insert_with(|| Lookout::new(self.keeper.store(), owner, after));
         }
@@ -177,7 +177,7 @@ impl Armed<'_> {
             if let Some(Watcher(tell)) = patience.watcher
                 && std::mem::take(&mut news)
             {
-                self.told = Some(ticket.ahead());
+                self.told = Some(ticket.ahead().unwrap_or(u64::MAX));
                 tell(&ticket);
             }
             if clock::now() >= until {
