@@ -68,8 +68,16 @@ pub(crate) enum Ended {
 /// Dropped at any await it leaves nothing behind: the keeper releases what may have been granted.
 pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'_>) -> Result<Ended> {
     let Patience { retry, deadline, .. } = patience;
-    let mut armed =
-        Armed { keeper, claim, suspect: false, in_flight: false, queued: None, told: None, lookout: None };
+    let mut armed = Armed {
+        keeper,
+        claim,
+        suspect: false,
+        in_flight: false,
+        queued: None,
+        is_told: false,
+        told: None,
+        lookout: None,
+    };
     let mut waits: Option<Waits> = None;
     let mut outage: Option<Instant> = None;
     loop {
@@ -156,7 +164,8 @@ struct Armed<'a> {
     in_flight: bool,
     /// The session on which the claim was put in line.
     queued: Option<u64>,
-    /// The place in line that its watcher was told last; the largest number for a place that the store does not say.
+    /// Whether its watcher was told a place in line, and which one last.
+    is_told: bool,
     told: Option<u64>,
     /// For a claim in line that has an owner.
     lookout: Option<Lookout>,
@@ -169,7 +178,7 @@ impl Armed<'_> {
         let endless = patience.retry.is_some_and(Retry::is_endless);
         let (mut until, mut step) = (if endless { Instant::FAR } else { clock::now() }, POLICY_STEP);
         // Whoever was told this place hears no more of it for looks and policies that change nothing.
-        let mut news = self.told != Some(ticket.ahead().unwrap_or(u64::MAX));
+        let mut news = !self.is_told || self.told != ticket.ahead();
         if let Some((owner, after)) = patience.owner {
             self.lookout.get_or_insert_with(|| Lookout::new(self.keeper.store(), owner, after));
         }
@@ -177,7 +186,7 @@ impl Armed<'_> {
             if let Some(Watcher(tell)) = patience.watcher
                 && std::mem::take(&mut news)
             {
-                self.told = Some(ticket.ahead().unwrap_or(u64::MAX));
+                (self.is_told, self.told) = (true, ticket.ahead());
                 tell(&ticket);
             }
             if clock::now() >= until {
