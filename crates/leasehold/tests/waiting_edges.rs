@@ -1,0 +1,108 @@
+//! Edges of the line on Redis: states that a crowd, a short outage or a dead process leaves behind.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod bad_days;
+
+use std::sync::mpsc::channel;
+
+use bad_days::{
+    Waiter, acquires, assert_no_line, connect, in_line, linked_to, lock, lock_soon, ms, subscribes,
+};
+use leasehold::store::Store;
+use leasehold::stores::redis::{RedisConfig, RedisStore};
+use leasehold::{Claim, Held, Locks, Name, Released, clock};
+use leasehold_chaos::eventually;
+use leasehold_chaos::proxy::Fault;
+use leasehold_chaos::servers::RedisServer;
+use pollster::block_on;
+
+const QUEUE: &str = "leasehold:{a}:queue:a";
+const ALIVE: &str = "leasehold:{a}:alive:a";
+const FENCE: &str = "leasehold:{a}:fence:a";
+const STRANGER: &str = "leasehold:push:stranger";
+const STRANGERS_CLAIM: &str = "0123456789abcdef0123456789abcdef";
+
+/// Puts a waiter of another process in the line of `a`.
+fn stranger_joins(server: &RedisServer, is_heard: bool) {
+    let entry = format!("1 {STRANGERS_CLAIM} {STRANGER} 30000 1 1700000000000000 {{}}");
+    server.cli(&["RPUSH", QUEUE, &entry]);
+    if is_heard {
+        let time = server.cli(&["TIME"]);
+        let (seconds, micros) = time.split_once(char::is_whitespace).unwrap();
+        server.cli(&[
+            "HSET",
+            ALIVE,
+            &format!("p{STRANGER}"),
+            &format!("{seconds}{:0>6} 60000 1", micros.trim()),
+        ]);
+    }
+    let fence = server.cli(&["GET", FENCE]);
+    server.cli(&["SET", FENCE, &format!("{}!", if fence.is_empty() { "5" } else { &fence })]);
+    if server.cli(&["EXISTS", "a"]) == "1" {
+        server.cli(&["SETRANGE", "a", "36", "!"]);
+    }
+}
+
+/// A process that waits already, so that its next claims join a line by their first presentation.
+fn one_who_waits_elsewhere(server: &RedisServer) -> (Locks, leasehold::Guard, Waiter) {
+    let locks = connect(&server.url());
+    let elsewhere = lock(&connect(&server.url()).mutex("elsewhere"));
+    let waiter = Waiter::start(&locks.mutex("elsewhere"));
+    (locks, elsewhere, waiter)
+}
+
+/// Whom the lock's value names.
+fn holder(server: &RedisServer) -> String {
+    server.cli(&["GET", "a"]).chars().skip(4).take(32).collect()
+}
+
+#[test]
+fn releases_of_one_claim_that_go_together_hand_over_once() {
+    const AT_ONCE: usize = 60;
+    let server = RedisServer::start();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let store = runtime
+        .block_on(RedisStore::connect(
+            RedisConfig::from_url(&server.url()).unwrap(),
+            runtime.handle().clone(),
+        ))
+        .unwrap();
+    let claim = Claim::new(Name::new("a").unwrap(), clock::claim_id(), ms(30_000));
+    let leasehold::Acquired::Granted(grant) = runtime.block_on(store.acquire(&claim)).unwrap() else {
+        panic!()
+    };
+    let processes = [(); 4].map(|()| connect(&server.url()));
+    let waiters = processes.each_ref().map(|locks| Waiter::start(&locks.mutex("a")));
+    let released = runtime.block_on(async {
+        // Two go alone; what comes while they are under way goes together.
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let store = store.clone();
+                let other = Claim::new(Name::new("other").unwrap(), clock::claim_id(), ms(30_000));
+                tokio::spawn(async move { store.release(&Held::new(&other, &grant)).await.unwrap() })
+            })
+            .collect();
+        let tasks: Vec<_> = (0..AT_ONCE)
+            .map(|_| {
+                let (store, held) = (store.clone(), Held::new(&claim, &grant));
+                tokio::spawn(async move { store.release(&held).await.unwrap() })
+            })
+            .collect();
+        for other in others {
+            assert_eq!(other.await.unwrap(), Released::NotHeld);
+        }
+        let mut released = 0;
+        for task in tasks {
+            released += usize::from(task.await.unwrap() == Released::Released);
+        }
+        released
+    });
+    assert_eq!((released, in_line(&server, "a")), (1, 3), "more than one was handed the lock");
+    let mut last = grant.token;
+    for waiter in waiters {
+        let guard = waiter.guard();
+        assert!(guard.fencing_token() > last);
+        last = guard.fencing_token();
+        assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+    }
+}
