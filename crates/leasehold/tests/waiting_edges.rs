@@ -57,6 +57,19 @@ fn holder(server: &RedisServer) -> String {
 }
 
 #[test]
+fn a_claim_that_joins_while_the_free_lock_goes_to_the_first_stands_in_line_once() {
+    let server = RedisServer::start();
+    let (locks, _elsewhere, _waiter) = one_who_waits_elsewhere(&server);
+    let mut ears = redis::Client::open(server.url()).unwrap().get_connection().unwrap();
+    let mut ears = ears.as_pubsub();
+    ears.subscribe(STRANGER).unwrap();
+    stranger_joins(&server, true);
+    let _late = Waiter::start(&locks.mutex("a"));
+    assert_eq!(holder(&server), STRANGERS_CLAIM);
+    assert_eq!(in_line(&server, "a"), 1, "{}", server.cli(&["LRANGE", QUEUE, "0", "-1"]));
+}
+
+#[test]
 fn releases_of_one_claim_that_go_together_hand_over_once() {
     const AT_ONCE: usize = 60;
     let server = RedisServer::start();
