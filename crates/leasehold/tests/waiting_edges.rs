@@ -57,6 +57,21 @@ fn holder(server: &RedisServer) -> String {
 }
 
 #[test]
+fn a_short_ttl_that_joins_costs_the_others_of_its_process_no_place() {
+    let server = RedisServer::start();
+    let held = lock(&connect(&server.url()).mutex("a"));
+    let locks = connect(&server.url());
+    let first = Waiter::start(&locks.mutex("a"));
+    let _short = Waiter::start(&locks.mutex("a").ttl(ms(300)));
+    let other = Waiter::start(&connect(&server.url()).mutex("a"));
+    let joined = clock::now();
+    eventually("longer than the short one counts as alive", || clock::now().since(joined) > ms(600));
+    assert_eq!(block_on(held.unlock()).unwrap(), Released::Released);
+    eventually("one of them has it", || first.has_ended() || other.has_ended());
+    assert!(first.has_ended() && !other.has_ended(), "the first in line was passed over");
+}
+
+#[test]
 fn a_claim_that_joins_while_the_free_lock_goes_to_the_first_stands_in_line_once() {
     let server = RedisServer::start();
     let (locks, _elsewhere, _waiter) = one_who_waits_elsewhere(&server);

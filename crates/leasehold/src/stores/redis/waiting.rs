@@ -205,6 +205,8 @@ impl Waiting {
         });
         queue.claims.insert(claim.id);
         queue.ttl = queue.ttl.min(claim.ttl);
+        // By this presentation the whole process counts as alive for a shorter time, if its TTL is shorter.
+        queue.due = queue.due.min(sent.boot.plus(heard_every(queue.ttl)));
         queue.remember(number, sent);
         let window = alive_for(queue.ttl);
         let again = table.places.contains_key(&claim.id);
