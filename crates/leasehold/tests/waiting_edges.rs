@@ -134,3 +134,25 @@ fn releases_of_one_claim_that_go_together_hand_over_once() {
         assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
     }
 }
+
+#[test]
+fn a_connection_that_was_given_up_is_made_good_for_at_once() {
+    let (server, proxy, locks) = linked_to(RedisServer::start(), "?timeout=200ms");
+    let held = lock(&connect(&server.url()).mutex("a"));
+    let waiter = Waiter::start(&locks.mutex("a"));
+    proxy.forget();
+    proxy.black_hole(true);
+    // Somebody else's command finds out: first that there is no answer, then that there is no life.
+    let before = proxy.accepted();
+    eventually("it dials anew", || {
+        block_on(locks.mutex("b").try_lock()).is_err() && proxy.accepted() > before
+    });
+    proxy.black_hole(false);
+    eventually("it is connected", || block_on(locks.mutex("b").try_lock()).is_ok());
+    let connected = clock::now();
+    proxy.wait_for(1, subscribes);
+    let silent = clock::now().since(connected);
+    assert!(silent < ms(500), "not only when it is next heard of: {silent:?}");
+    assert_eq!(block_on(held.unlock()).unwrap(), Released::Released);
+    assert_eq!(block_on(waiter.guard().unlock()).unwrap(), Released::Released);
+}
