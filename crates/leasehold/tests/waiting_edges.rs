@@ -136,6 +136,31 @@ fn releases_of_one_claim_that_go_together_hand_over_once() {
 }
 
 #[test]
+fn a_late_claim_to_join_creates_nothing_after_the_lock_was_had_and_unlocked() {
+    let (server, proxy, locks) = linked_to(RedisServer::start(), "?timeout=300ms");
+    let held = lock(&connect(&server.url()).mutex("a"));
+    // The first presentation finds it busy; the second is to join the line.
+    let late = proxy.inject_nth(2, Fault::HoldRequest, acquires("a"));
+    let mutex = locks.mutex("a");
+    let waiter = std::thread::spawn(move || lock(&mutex));
+    late.wait();
+    late.cut_client();
+    eventually("it waits by a new connection", || in_line(&server, "a") == 1);
+    assert_eq!(block_on(held.unlock()).unwrap(), Released::Released);
+    let guard = waiter.join().unwrap();
+    assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+    let calls = || {
+        let stats = server.cli(&["INFO", "commandstats"]);
+        stats.lines().find(|line| line.starts_with("cmdstat_evalsha:")).map(|line| line.to_owned())
+    };
+    let before = calls();
+    late.release();
+    eventually("the server has run the late request", || calls() != before);
+    assert_eq!(server.cli(&["EXISTS", "a"]), "0", "the late request took the lock for nobody");
+    assert_no_line(&server, "a");
+}
+
+#[test]
 fn a_connection_that_was_given_up_is_made_good_for_at_once() {
     let (server, proxy, locks) = linked_to(RedisServer::start(), "?timeout=200ms");
     let held = lock(&connect(&server.url()).mutex("a"));
