@@ -161,6 +161,36 @@ fn a_late_claim_to_join_creates_nothing_after_the_lock_was_had_and_unlocked() {
 }
 
 #[test]
+fn a_single_waiter_who_was_not_listening_is_not_passed_over_once_it_listens() {
+    let server = RedisServer::start();
+    let locks = connect(&server.url());
+    let held = lock(&locks.mutex("a"));
+    stranger_joins(&server, true);
+    assert_eq!(block_on(held.unlock()).unwrap(), Released::Released);
+    assert_eq!((server.cli(&["EXISTS", "a"]), in_line(&server, "a")), ("0".to_owned(), 1));
+    let mut ears = redis::Client::open(server.url()).unwrap().get_connection().unwrap();
+    let mut ears = ears.as_pubsub();
+    ears.subscribe(STRANGER).unwrap();
+    assert!(block_on(locks.mutex("a").try_lock()).unwrap().is_none(), "it is the turn of who waits");
+    assert_eq!(holder(&server), STRANGERS_CLAIM);
+}
+
+#[test]
+fn a_line_of_the_dead_does_not_end_under_who_joins_it() {
+    let server = RedisServer::start();
+    let locks = connect(&server.url());
+    let _held = lock(&locks.mutex("a"));
+    stranger_joins(&server, true);
+    server.cli(&["PEXPIRE", QUEUE, "2000"]);
+    server.cli(&["PEXPIRE", ALIVE, "2000"]);
+    let _waiter = Waiter::start(&connect(&server.url()).mutex("a"));
+    for key in [QUEUE, ALIVE] {
+        let left: u64 = server.cli(&["PTTL", key]).parse().unwrap();
+        assert!(left > 30_000, "{key}: {left}");
+    }
+}
+
+#[test]
 fn a_connection_that_was_given_up_is_made_good_for_at_once() {
     let (server, proxy, locks) = linked_to(RedisServer::start(), "?timeout=200ms");
     let held = lock(&connect(&server.url()).mutex("a"));
