@@ -211,3 +211,40 @@ fn a_connection_that_was_given_up_is_made_good_for_at_once() {
     assert_eq!(block_on(held.unlock()).unwrap(), Released::Released);
     assert_eq!(block_on(waiter.guard().unlock()).unwrap(), Released::Released);
 }
+
+#[test]
+fn claims_that_a_busy_server_refused_are_forgotten() {
+    const TRIES: usize = 20;
+    let server = RedisServer::builder().args(["--lua-time-limit", "1"]).start();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let store = runtime
+        .block_on(RedisStore::connect(
+            RedisConfig::from_url(&server.url()).unwrap(),
+            runtime.handle().clone(),
+        ))
+        .unwrap();
+    let locks = Locks::over(store.clone()).unwrap();
+    let _held = lock(&connect(&server.url()).mutex("a"));
+    let (sender, joined) = channel();
+    let mutex = locks.mutex("a").on_wait(move |_| {
+        let _ = sender.send(());
+    });
+    let waits = runtime.spawn(async move { mutex.lock().await });
+    joined.recv_timeout(leasehold_chaos::PATIENCE).unwrap();
+    let before = store.remembered();
+    let url = server.url();
+    let script = std::thread::spawn(move || {
+        let mut raw = redis::Client::open(url).unwrap().get_connection().unwrap();
+        redis::cmd("EVAL").arg("while true do end").arg(0).query::<()>(&mut raw).unwrap_err()
+    });
+    eventually("the server is busy", || server.cli(&["PING"]).contains("BUSY"));
+    for _ in 0..TRIES {
+        let error = block_on(locks.mutex("b").lock()).unwrap_err();
+        assert_eq!(error.kind(), leasehold::ErrorKind::Unavailable, "{error}");
+    }
+    server.cli(&["SCRIPT", "KILL"]);
+    script.join().unwrap();
+    // With the line of `b` they go, once nobody counts as waiting there.
+    eventually("nothing is remembered of them", || store.remembered() <= before);
+    waits.abort();
+}
