@@ -11,7 +11,7 @@ use crate::guard::Guard;
 use crate::keeper::Keeper;
 use crate::lease::{DEFAULT_TTL, Status};
 use crate::retry::Retry;
-use crate::store::check_ttl;
+use crate::store::{HAND_OFF_TTL, check_ttl};
 use crate::types::{Claim, InvalidName, MAX_RECORD_BYTES, Name, Owner, Record, Released, Ticket};
 use crate::wait::{self, Ended, Patience, Watcher};
 
@@ -363,7 +363,8 @@ impl Mutex {
                 let cell = self.keeper.keep(&claim, &won.grant, won.sent, renew, max_hold, won.suspect);
                 tracing::debug!(lock = %claim.name, claim = %claim.id, token = %won.grant.token, "acquired");
                 let guard = Guard::new(self.keeper.clone(), cell);
-                if !renew && won.grant.ttl < claim.ttl && won.was_handed {
+                let is_short = won.was_handed || won.grant.ttl <= HAND_OFF_TTL;
+                if !renew && won.grant.ttl < claim.ttl && is_short {
                     // What is handed over is short at first, and nobody else will lengthen it.
                     let _ = guard.extend(claim.ttl).await;
                 }

@@ -85,6 +85,16 @@ fn a_claim_that_joins_while_the_free_lock_goes_to_the_first_stands_in_line_once(
 }
 
 #[test]
+fn a_lease_that_begins_as_a_hand_over_is_lengthened_where_nobody_renews_it() {
+    let server = RedisServer::start();
+    let (locks, _elsewhere, _waiter) = one_who_waits_elsewhere(&server);
+    // One who is not heard of any more: the claim that finds it is handed the lock by its own presentation.
+    stranger_joins(&server, false);
+    let guard = lock_soon(&locks.mutex("a").ttl(ms(60_000)).renew(false));
+    assert!(guard.remaining() > ms(50_000), "{:?}", guard.remaining());
+}
+
+#[test]
 fn releases_of_one_claim_that_go_together_hand_over_once() {
     const AT_ONCE: usize = 60;
     let server = RedisServer::start();
