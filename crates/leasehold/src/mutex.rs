@@ -12,7 +12,7 @@ use crate::keeper::Keeper;
 use crate::lease::{DEFAULT_TTL, Status};
 use crate::local::{Entered, Holding, Line, Lines, Terms, Turn};
 use crate::retry::Retry;
-use crate::store::check_ttl;
+use crate::store::{HAND_OFF_TTL, check_ttl};
 use crate::types::{
     Claim, Fairness, Holder, InvalidName, MAX_RECORD_BYTES, Name, Owner, Record, Released, Ticket,
 };
@@ -438,7 +438,8 @@ impl Mutex {
                 let cell = self.keeper.keep(&claim, &won.grant, won.sent, renew, max_hold, won.suspect);
                 tracing::debug!(lock = %claim.name, claim = %claim.id, token = %won.grant.token, "acquired");
                 let holding = Holding::new(self.keeper.clone(), cell, won.grant.token);
-                if !renew && won.grant.ttl < claim.ttl && won.was_handed {
+                let is_short = won.was_handed || won.grant.ttl <= HAND_OFF_TTL;
+                if !renew && won.grant.ttl < claim.ttl && is_short {
                     // What is handed over is short at first, and nobody else will lengthen it.
                     let _ = self.keeper.renew_now(holding.cell(), |held| held.extend = Some(claim.ttl)).await;
                 }

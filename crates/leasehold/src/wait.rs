@@ -248,6 +248,8 @@ impl Armed<'_> {
                 }
                 Ok(Acquired::Queued(ticket)) => {
                     self.in_flight = false;
+                    // Without a place it is not known to be in line: the presentation that was to join it went unanswered.
+                    self.suspect |= ticket.ahead().is_none();
                     self.queued = Some(ticket.session);
                     return Ok(Looked::Queued(ticket));
                 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::{Server, openssl, store};
 use leasehold::clock;
-use leasehold::store::Store;
+use leasehold::store::{Store, Woken};
 use leasehold::stores::redis::{FENCED_SET, RedisConfig, RedisStore};
 use leasehold::{
     Acquired, Claim, FencingToken, Finding, Grant, Held, Name, Query, Released, Renewal, Severity,
@@ -268,7 +268,7 @@ fn documented_rights() -> String {
 }
 
 /// Each of them is needed for a lock or for waiting.
-const RIGHTS: [&str; 27] = [
+const RIGHTS: [&str; 28] = [
     "evalsha",
     "eval",
     "set",
@@ -283,20 +283,41 @@ const RIGHTS: [&str; 27] = [
     "zadd",
     "zrangebyscore",
     "zrem",
-    "append",
     "setrange",
-    "hincrby",
+    "rpush",
+    "rpop",
+    "lpush",
+    "lpop",
+    "llen",
+    "lrange",
+    "lrem",
     "hset",
     "hget",
     "hkeys",
-    "hdel",
-    "zrank",
-    "zrange",
-    "zcard",
     "publish",
     "subscribe",
     "unsubscribe",
 ];
+
+/// One claim gives up its place in line, another is handed the lock and gives it back.
+async fn waits_and_is_handed(store: &RedisStore, held: &Held) {
+    let joined = async || {
+        let mut mine = claim("a");
+        mine.queue = true;
+        match store.acquire(&mine).await.unwrap() {
+            Acquired::Queued(ticket) => (mine, ticket),
+            other => panic!("not in line: {other:?}"),
+        }
+    };
+    let (gone, ticket) = joined().await;
+    let (mine, my_ticket) = joined().await;
+    assert_eq!(my_ticket.ahead(), Some(1));
+    let place = Held::queued(&gone, ticket.session);
+    assert_eq!(store.release(&place).await.unwrap(), Released::HeldByOther);
+    assert_eq!(store.release(held).await.unwrap(), Released::Released);
+    let Woken::Granted { grant, .. } = store.woken(&my_ticket).await else { panic!("not handed over") };
+    assert_eq!(store.release(&Held::new(&mine, &grant)).await.unwrap(), Released::Released);
+}
 
 #[test]
 fn the_documented_rights_suffice_and_none_can_be_left_out() {
@@ -313,7 +334,7 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
         assert_eq!(store.renew(std::slice::from_ref(&held)).await[0].clone().unwrap(), Renewal::Renewed(TTL));
         let all = Query::Prefix { prefix: Vec::new(), after: None, limit: 10 };
         assert_eq!(store.inspect(&all).await.unwrap().items.len(), 1);
-        assert_eq!(store.release(&held).await.unwrap(), Released::Released);
+        waits_and_is_handed(&store, &held).await;
         store.fence().set(b"lock:data", b"x", held.token.unwrap()).await.unwrap().unwrap();
         let findings = store.diagnose().await;
         assert!(worst(&findings) <= Severity::Note, "{findings:#?}");

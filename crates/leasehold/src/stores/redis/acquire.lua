@@ -21,7 +21,11 @@ local function take(lock, fence, last, owner, record, ttl, wish)
     if not (value and type(last) == 'string' and string.find(last, '^%d+!$')) then
       error, number, tail = line('in turn', now_text, lock, fence, claim, value, wish, ttl, record)
       if error then return error end
-      value = value or pcall('GET', lock)
+      if not value then
+        value = pcall('GET', lock)
+        -- It may have joined the line just now, and then somebody before it was handed the lock.
+        if string.find(wish, ' ', 1, true) and sub(wish, -2) ~= ' a' then wish = wish .. ' a' end
+      end
     end
   end
   if number and not (number < now) then

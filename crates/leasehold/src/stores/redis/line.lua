@@ -74,8 +74,9 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
       if pushed then call('RPOP', queue) end
       return strange_line(heard)
     end
-    if ahead == 0 then
-      -- Nothing of it outlives its processes by much; a process that is heard of again makes it last.
+    if ahead == 0 or heard == 1 then
+      -- Nothing of it outlives its processes by much; a process that is heard of for the first time (those before it may
+      -- all be dead), or again, makes it last.
       local kept = math.max(60000, window * 4)
       call('PEXPIRE', queue, kept)
       call('PEXPIRE', alive, kept)
@@ -147,6 +148,9 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
     end
     for i = #kept, 1, -1 do call('LPUSH', queue, kept[i]) end
     if kept[1] then
+      -- Perhaps it was tried as the last in line, and the fence now says that there is none.
+      last, marks = last_token()
+      if last and sub(marks, 1, 1) ~= '!' then call('SET', fence, whole(last) .. marks_of(marks, true), 'KEEPTTL') end
       local ends = call('PTTL', alive)
       call('PEXPIRE', queue, ends > 0 and ends or 60000)
     elseif not winner and call('EXISTS', queue) == 0 then

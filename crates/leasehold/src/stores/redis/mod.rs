@@ -160,8 +160,8 @@ impl RedisStore {
         match &answer {
             Ok(Acquired::Queued(_)) => {}
             Ok(Acquired::Granted(_)) => self.waiting.granted(claim.id),
-            // It may stand in line all the same.
-            Err(error) if error.is_transient() => {}
+            // It may stand in line all the same, unless it was refused in its first try.
+            Err(error) if error.is_transient() && (attempt.again || error.kind() == ErrorKind::Unknown) => {}
             _ => self.waiting.forget(claim.id),
         }
         answer

@@ -1,12 +1,15 @@
 local call, pcall, sub = redis.call, redis.pcall, string.sub
 local count = #ARGV
-local ended, first = {}, {}
+local ended, first, handed = {}, {}, {}
 
 local function give(lock, fence, owner, value)
   if not value then return 0 end
   if type(value) == 'table' then return sub(value.err, 1, 9) == 'WRONGTYPE' and 2 or value end
   if sub(value, 1, 36) ~= sub(owner, 1, 36) then return 2 end
-  if sub(value, 37, 37) == '!' and line('hand over', nil, lock, fence) then return 1 end
+  if sub(value, 37, 37) == '!' and line('hand over', nil, lock, fence) then
+    handed[lock] = true
+    return 1
+  end
   ended[#ended + 1] = lock
   if first[lock] then return 0 end
   first[lock] = true
@@ -21,9 +24,9 @@ end
 local seen, answers = call('MGET', unpack(KEYS, 1, count)), {}
 for i = 1, count do
   local value, owner = seen[i], ARGV[i]
-  -- MGET shows a key of another type as none; and a claim that waits may have been handed the lock a moment ago, by an
-  -- earlier release of this very call.
-  if not value or #owner > 37 then value = pcall('GET', KEYS[i]) end
+  -- MGET shows a key of another type as none; and an earlier release of this very call may have handed the lock to this
+  -- claim, or from it to another.
+  if not value or #owner > 37 or handed[KEYS[i]] then value = pcall('GET', KEYS[i]) end
   if sub(owner, 38, 38) == 'w' then
     -- First, so that it is not handed what it gives back.
     line('leave', nil, KEYS[i], KEYS[count + i], sub(owner, 5, 36), string.match(owner, ' (.+)$'))

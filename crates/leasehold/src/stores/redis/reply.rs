@@ -60,7 +60,7 @@ impl Refusal {
             }
             "BADQUEUE" => {
                 return rejected("a key of the lock's line of waiters holds something else")
-                    .advise("delete leasehold:{..}:queue:.. and leasehold:{..}:waiters:.. of this lock if they are a mistake");
+                    .advise("delete leasehold:{..}:queue:.. and leasehold:{..}:alive:.. of this lock if they are a mistake");
             }
             "BADFENCE" => {
                 return rejected("the key of the lock's last token holds something else")

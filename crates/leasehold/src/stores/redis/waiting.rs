@@ -205,6 +205,8 @@ impl Waiting {
         });
         queue.claims.insert(claim.id);
         queue.ttl = queue.ttl.min(claim.ttl);
+        // By this presentation the whole process counts as alive for a shorter time, if its TTL is shorter.
+        queue.due = queue.due.min(sent.boot.plus(heard_every(queue.ttl)));
         queue.remember(number, sent);
         let window = alive_for(queue.ttl);
         let again = table.places.contains_key(&claim.id);
@@ -315,9 +317,12 @@ impl Waiting {
         }
     }
 
-    /// There is a new connection.
+    /// There is a new connection: those who wait are to be called over it from now on. Of the one before perhaps nobody
+    /// said that it broke.
     pub(super) fn connected(&self, session: u64) {
-        self.table().session = session;
+        let mut table = self.table();
+        table.session = session;
+        self.hasten(&mut table);
     }
 
     /// Takes in a message that came over this connection: a grant.
@@ -366,13 +371,17 @@ impl Waiting {
 
     /// The connection broke: messages may be lost, and everybody's place must be confirmed on the next.
     pub(super) fn disconnected(&self, session: u64) {
-        let now = clock::now();
         let mut table = self.table();
-        if session != table.session {
-            return;
+        if session == table.session {
+            self.hasten(&mut table);
         }
+    }
+
+    /// Has everybody asked for at once.
+    fn hasten(&self, table: &mut Table) {
+        let now = clock::now();
         table.queues.values_mut().for_each(|queue| queue.due = now);
-        if table.planned.is_some() {
+        if table.planned.is_some() && !table.queues.is_empty() {
             table.planned = Some(now);
             self.bell.notify_one();
         }
