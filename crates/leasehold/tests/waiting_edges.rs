@@ -161,7 +161,7 @@ fn a_late_claim_to_join_creates_nothing_after_the_lock_was_had_and_unlocked() {
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
     let calls = || {
         let stats = server.cli(&["INFO", "commandstats"]);
-        stats.lines().find(|line| line.starts_with("cmdstat_evalsha:")).map(|line| line.to_owned())
+        stats.lines().find(|line| line.starts_with("cmdstat_evalsha:")).map(ToOwned::to_owned)
     };
     let before = calls();
     late.release();
