@@ -369,6 +369,9 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
+    use crate::keeper::Bench;
+    use crate::stores::memory::MemoryStore;
+    use crate::types::{Claim, Grant};
 
     fn terms(name: &str) -> Terms {
         Terms {
@@ -427,6 +430,36 @@ mod tests {
         assert!(line.join().is_err(), "the last one has it");
         drop(got);
         assert!(line.join().is_ok());
+    }
+
+    /// One who goes in the moment between being chosen and being sent to.
+    fn gone(line: &Arc<Line>) -> Place {
+        let mut place = line.join().unwrap_err();
+        place.baton.close();
+        place
+    }
+
+    #[test]
+    fn who_goes_in_the_moment_of_being_sent_to_is_passed_by() {
+        let keeper = Bench::start().unwrap().keep(Arc::new(MemoryStore::new()), Duration::from_secs(1));
+        let line = Arc::new(Lines::default()).line(terms("a"));
+        let held = |turn: Turn| {
+            let claim = Claim::new(Name::new("a").unwrap(), clock::claim_id(), Duration::from_secs(30));
+            let grant = Grant { token: FencingToken::new(7), ttl: claim.ttl, session: 0 };
+            let cell = keeper.keep(&claim, &grant, clock::look(), true, None, false);
+            Holding::new(keeper.clone(), cell, grant.token).shared_with(turn)
+        };
+        let first = turn(&line);
+        let (_one, mut two) = (gone(&line), line.join().unwrap_err());
+        drop(first);
+        let Ok(Baton::Turn(turn)) = two.baton.try_recv() else { panic!("the second has the turn") };
+        let (_one, mut two) = (gone(&line), line.join().unwrap_err());
+        drop(held(turn));
+        let Ok(Baton::Holding(holding)) = two.baton.try_recv() else { panic!("the second has the lock") };
+        assert_eq!(holding.token.get(), 8);
+        let (_one, _two) = (gone(&line), gone(&line));
+        drop(holding);
+        assert!(line.join().is_ok(), "nobody has it");
     }
 
     #[test]
