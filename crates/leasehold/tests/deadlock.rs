@@ -373,6 +373,11 @@ impl Churn {
         lock: usize,
         got: leasehold::Result<Option<Guard>>,
     ) -> Result<Guard, ErrorKind> {
+        let got = match got {
+            // A patience shorter than a slow store's first answer.
+            Err(error) if error.kind() == ErrorKind::Unknown => Ok(None),
+            got => got,
+        };
         let mut reference = self.reference();
         if let Err(error) = &got {
             assert_eq!(error.kind(), ErrorKind::Deadlock, "{error}");

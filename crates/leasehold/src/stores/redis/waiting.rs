@@ -194,6 +194,8 @@ impl Waiting {
         if table.orphans.contains_key(&claim.id) {
             return None;
         }
+        // What it is told from now on is news again.
+        table.told.remove(&claim.id);
         let queue = table.queues.entry(claim.name.clone()).or_insert_with(|| Queue {
             claims: HashSet::new(),
             ttl: claim.ttl,
