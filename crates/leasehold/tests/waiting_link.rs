@@ -106,7 +106,6 @@ fn a_message_later_than_its_lease_is_not_believed() {
     assert!(waited < ms(1_500 + 700), "one lease in total: {waited:?}");
     // Now comes the message of a grant that has ended.
     proxy.black_hole(false);
-    first.joins_line();
     eventually("it waits anew", || in_line(&server, "a") == 1);
     assert!(!first.has_ended() && guard.status() == Status::Held);
     let token = guard.fencing_token();
