@@ -100,7 +100,7 @@ impl Cell {
     pub(crate) fn take_up(&self, max_hold: Option<Duration>) -> bool {
         let now = clock::look();
         let mut state = lock(&self.state);
-        if state.phase != Phase::Held || !state.lease.may_pass(now) {
+        if !state.lease.may_pass(now) {
             return false;
         }
         state.offered = None;
