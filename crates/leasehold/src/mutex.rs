@@ -374,6 +374,17 @@ impl Mutex {
         let Some((retry, line)) = retry.zip(line) else {
             return Ok(self.claim(retry, deadline, 1).await?.map(Guard::new));
         };
+        // Boxed, for what is rare must not make the common case carry its room.
+        Box::pin(self.enter(&line, retry, deadline)).await
+    }
+
+    /// Waits in the line of this process, and claims it at the store when its turn comes there.
+    async fn enter(
+        &self,
+        line: &Arc<Line>,
+        retry: &Retry,
+        deadline: Instant,
+    ) -> Result<std::result::Result<Guard, Option<Holder>>> {
         match line.enter(retry, deadline).await? {
             Entered::Passed(holding) => Ok(Ok(Guard::new(holding))),
             Entered::Over => Ok(Err(None)),
@@ -441,7 +452,8 @@ impl Mutex {
                 let is_short = won.was_handed || won.grant.ttl <= HAND_OFF_TTL;
                 if !renew && won.grant.ttl < claim.ttl && is_short {
                     // What is handed over is short at first, and nobody else will lengthen it.
-                    let _ = self.keeper.renew_now(holding.cell(), |held| held.extend = Some(claim.ttl)).await;
+                    let extend = self.keeper.renew_now(holding.cell(), |held| held.extend = Some(claim.ttl));
+                    let _ = Box::pin(extend).await;
                 }
                 Ok(Ok(holding))
             }

@@ -96,7 +96,8 @@ pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'
                 outage = None;
                 let Some(retry) = retry else { return Ok(Ended::Busy(ticket.holder().cloned())) };
                 let waits = waits.get_or_insert_with(|| retry.waits());
-                match armed.in_line(ticket, waits, patience).await {
+                // Boxed, for what is rare must not make the common case carry its room.
+                match Box::pin(armed.in_line(ticket, waits, patience)).await {
                     Line::Won(won) => {
                         armed.disarm();
                         return Ok(Ended::Won(won));

@@ -139,11 +139,25 @@ impl RedisStore {
             }
             busy = Some(answer);
         }
+        // Boxed, for what is rare must not make the common case carry its room.
+        Box::pin(self.join(&keys, claim, ttl, &link, deadline, busy)).await
+    }
+
+    /// Presents a claim so that it waits in line; `busy` is what was seen a moment before, if it was presented already.
+    async fn join(
+        &self,
+        keys: &Keys<'_>,
+        claim: &Claim,
+        ttl: u64,
+        link: &Arc<Link>,
+        deadline: Instant,
+        busy: Option<Acquired>,
+    ) -> Result<Acquired> {
         let attempt = self.waiting.present(claim).ok_or_else(passing_on)?;
         // Only now, with the claim noted: the calls are not given up while anybody is.
-        let answer = match (self.connector.subscribe(&link, deadline).await, busy) {
+        let answer = match (self.connector.subscribe(link, deadline).await, busy) {
             (Ok(true), busy) => {
-                let answer = self.present(&keys, claim, ttl, &link, deadline, Some(&attempt)).await;
+                let answer = self.present(keys, claim, ttl, link, deadline, Some(&attempt)).await;
                 match answer {
                     // That somebody else has it is known; whether the claim stands in line it will learn by asking again.
                     Err(error) if busy.is_some() && error.is_transient() => {
@@ -154,7 +168,7 @@ impl RedisStore {
             }
             // Busy is what it is, whatever became of the calls.
             (_, Some(answer)) => Ok(answer),
-            (Ok(false), None) => self.present(&keys, claim, ttl, &link, deadline, None).await,
+            (Ok(false), None) => self.present(keys, claim, ttl, link, deadline, None).await,
             (Err(error), None) => Err(error),
         };
         match &answer {
