@@ -342,12 +342,11 @@ fn the_documented_rights_suffice_and_none_can_be_left_out() {
 
         // First: a user that loses its channels loses the connections that listen to them.
         cmd::<()>(&mut raw, &format!("ACL SETUSER {name} resetchannels"));
-        assert!(store.diagnose().await.iter().any(|finding| finding.found.contains("channels leasehold:*")));
-        assert!(
-            !self::store(&url).await.unwrap().guarantees().fifo,
-            "who cannot be called does not wait in line"
-        );
+        let deaf = self::store(&url).await.unwrap();
+        assert!(deaf.diagnose().await.iter().any(|finding| finding.found.contains("channels leasehold:*")));
+        assert!(!deaf.guarantees().fifo, "who cannot be called does not wait in line");
         cmd::<()>(&mut raw, &format!("ACL SETUSER {name} &leasehold:*"));
+        let store = self::store(&url).await.unwrap();
         for right in RIGHTS {
             cmd::<()>(&mut raw, &format!("ACL SETUSER {name} -{right}"));
             let findings = store.diagnose().await;
