@@ -292,6 +292,8 @@ impl Mutex {
     }
 
     /// Waits for the lock for `patience` at most; `None` if somebody else had it all the time. At least one look is taken.
+    /// Who stood in line has left it by then, for which one more round trip is waited, 100 ms at most; should that not do, the
+    /// claim is withdrawn in the background.
     ///
     /// # Errors
     /// As [`lock`](Self::lock), but never `Busy`; `Unknown` if the store had not answered once when the time was up.

@@ -23,6 +23,9 @@ const LEAST_WAIT: Duration = Duration::from_millis(1);
 pub(crate) const POLICY_STEP: Duration = Duration::from_millis(50);
 const POLICY_STEP_MOST: Duration = Duration::from_secs(60);
 
+/// How long one who gives up waits to hear that it has left the line.
+const LEAVING: Duration = Duration::from_millis(100);
+
 /// Who is told where a waiter stands in line.
 #[derive(Clone)]
 pub(crate) struct Watcher(pub(crate) Arc<dyn Fn(&Ticket) + Send + Sync>);
@@ -102,7 +105,10 @@ pub(crate) async fn acquire(keeper: &Keeper, claim: &Claim, patience: Patience<'
                         armed.disarm();
                         return Ok(Ended::Won(won));
                     }
-                    Line::Over(holder) => return Ok(Ended::Busy(holder)),
+                    Line::Over(holder) => {
+                        Box::pin(armed.leave()).await;
+                        return Ok(Ended::Busy(holder));
+                    }
                     Line::Look => continue,
                     Line::Failed(error) => return Err(error),
                 }
@@ -215,6 +221,17 @@ impl Armed<'_> {
                 None if clock::now() >= patience.deadline => return Line::Over(ticket.holder().cloned()),
                 None => {}
             }
+        }
+    }
+
+    /// Leaves the line before it is told that the time is up: an unlock just after must not hand the lock to it. Should that
+    /// take long, or this be dropped, the keeper does it.
+    async fn leave(&mut self) {
+        let Some(session) = self.queued.filter(|_| !self.suspect) else { return };
+        let held = Held::queued(self.claim, session);
+        let left = self.keeper.store().release(&held);
+        if let Some(Ok(_)) = clock::timeout_at(clock::now().plus(LEAVING), left).await {
+            self.disarm();
         }
     }
 

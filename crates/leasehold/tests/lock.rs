@@ -47,14 +47,14 @@ async fn lock_try_lock_lock_for_unlock() {
     assert!(guard.remaining() > Duration::from_secs(29) && guard.remaining() < Duration::from_secs(30));
     assert!(mutex.try_lock().await.unwrap().is_none());
     assert!(mutex.lock_for(ms(30)).await.unwrap().is_none());
+    assert_eq!(locks.show("a").await.unwrap().waiters, 0, "it has left the line before it says so");
     let busy = mutex.clone().retry(Retry::constant(ms(1)).at_most(3)).lock().await.unwrap_err();
     assert_eq!(busy.kind(), ErrorKind::Busy);
     assert!(busy.to_string().contains("\"why\""), "it says who: {busy}");
     let first = guard.fencing_token();
     assert_eq!(guard.unlock().await.unwrap(), Released::Released);
-    assert!(locks.mutex("b").try_lock().await.unwrap().is_some());
-    // Not by a try: those who gave up just now leave the line in the background, and may be handed the lock on their way.
-    let guard = mutex.lock().await.unwrap();
+    // Those who gave up just now have left the line: the lock is handed to none of them.
+    let guard = mutex.try_lock().await.unwrap().unwrap();
     assert!(guard.fencing_token() > first);
     let view = locks.show("a").await.unwrap();
     let record = view.holder.unwrap().record.unwrap();
