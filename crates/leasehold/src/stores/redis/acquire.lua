@@ -86,8 +86,22 @@ if count == 1 then
 end
 local seen, answers = call('MGET', unpack(KEYS, count + 1)), {}
 local alike, record, ttl, wish = #ARGV == count + 3, ARGV[count + 1], ARGV[count + 2], ARGV[count + 3]
+-- By far the most common: nobody waits or may have to, and the last token is of this hour. It is what `take` does, in short.
+local rest = alike and wish == '' and #ttl <= 7 and now_text .. ':' .. record
 for i = 1, count do
-  if not alike then record, ttl, wish = ARGV[count + i], ARGV[2 * count + i], ARGV[3 * count + i] end
-  answers[i] = take(KEYS[i], KEYS[count + i], seen[i], ARGV[i], record, ttl, wish)
+  local lock, fence, last = KEYS[i], KEYS[count + i], seen[i]
+  local number = rest and last and tonumber(last)
+  local set = number and number < now and number >= hour and pcall('SET', lock, ARGV[i] .. rest, 'NX', 'PX', ttl)
+  if set and not set.err then
+    set = pcall('SET', fence, now_text, 'KEEPTTL')
+    answers[i] = now
+    if set.err then
+      call('DEL', lock)
+      answers[i] = set
+    end
+  else
+    if not alike then record, ttl, wish = ARGV[count + i], ARGV[2 * count + i], ARGV[3 * count + i] end
+    answers[i] = take(lock, fence, last, ARGV[i], record, ttl, wish)
+  end
 end
 return answers

@@ -337,7 +337,7 @@ impl Connector {
     }
 
     /// Has a claim's job done, together with others that are ready. A refusal by the server is a value.
-    pub(super) async fn submit(&self, link: &Arc<Link>, job: Job, patience: Patience) -> Result<Value> {
+    pub(super) async fn submit(&self, link: &Arc<Link>, job: Box<Job>, patience: Patience) -> Result<Value> {
         let gone = |kind| {
             link.closed.store(true, Ordering::Release);
             Err(Error::new(kind, "the runtime that kept the connection has ended").on_store(&self.location))

@@ -136,6 +136,11 @@ impl Keys<'_> {
         [self.prefix, self.name].concat()
     }
 
+    /// Whether the lock's key has no brace, so that its side keys have the whole of it between theirs.
+    pub(super) fn is_plain(&self) -> bool {
+        matches!(self.tag, Tag::Whole)
+    }
+
     /// More bytes than any key of the lock has.
     pub(super) fn bound(&self) -> usize {
         2 * (self.prefix.len() + self.name.len()) + 56

@@ -364,8 +364,9 @@ fn acquire_job(
     claim: &Claim,
     ttl: u64,
     attempt: Option<(&str, &Attempt)>,
-) -> std::io::Result<Job> {
-    let mut job = Job::new(Verb::Acquire, 2 * keys.bound() + claim.record.len() + 160);
+) -> std::io::Result<Box<Job>> {
+    let mut job =
+        Box::new(Job::new(Verb::Acquire, keys.is_plain(), 2 * keys.bound() + claim.record.len() + 160));
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
     job.push(|out| out.write_all(&owner(claim.id)))?;
@@ -386,8 +387,8 @@ fn acquire_job(
     Ok(job)
 }
 
-fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool, entry: Option<&str>) -> std::io::Result<Job> {
-    let mut job = Job::new(Verb::Release, 2 * keys.bound() + 40);
+fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool, entry: Option<&str>) -> std::io::Result<Box<Job>> {
+    let mut job = Box::new(Job::new(Verb::Release, keys.is_plain(), 2 * keys.bound() + 40));
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
     job.push(|out| {
@@ -495,5 +496,20 @@ impl Store for RedisStore {
 
     fn lifeline(&self) -> Option<Arc<File>> {
         None
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<'a, F: Future>(_: impl FnOnce(&'a RedisStore, &'a Claim, &'a Held) -> F) -> usize {
+        std::mem::size_of::<F>()
+    }
+
+    #[test]
+    fn what_each_claim_allocates_is_small() {
+        // Beyond a kilobyte the usual allocator has no quick way: it took a seventh of the callers' time.
+        assert!(size(|store, claim, _| store.acquire_once(claim)) <= 1024);
+        assert!(size(|store, _, held| store.release_once(held)) <= 1024);
     }
 }
