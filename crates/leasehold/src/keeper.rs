@@ -211,6 +211,7 @@ impl Shared {
     }
 
     async fn serve(self: Arc<Self>) {
+        let mut disturbed = self.store.disturbed();
         loop {
             let (batches, releases, next, closing) = self.collect();
             for batch in batches {
@@ -225,8 +226,26 @@ impl Shared {
             tokio::select! {
                 () = self.bell.notified() => {}
                 () = clock::sleep_until(next) => {}
+                () = &mut disturbed => {
+                    disturbed = self.store.disturbed();
+                    self.hasten();
+                }
             }
         }
+    }
+
+    /// Has everything that is kept confirmed at once.
+    fn hasten(&self) {
+        let now = clock::now();
+        let mut table = lock(&self.table);
+        let due = std::mem::take(&mut table.due);
+        for ((at, id), cell) in due {
+            // An earlier moment than planned: whatever is due already stays in its order.
+            let soon = at.min(now);
+            lock(&cell.state).due = Some(soon);
+            table.due.insert((soon, id), cell);
+        }
+        table.planned = now;
     }
 
     /// Takes what is due now: batches to renew, each of one TTL, and releases to begin.

@@ -107,6 +107,15 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// As [`acquire`](Self::acquire).
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>>;
 
+    /// Resolves when what is held should be confirmed at once: its connection broke or was replaced, another server took over.
+    /// May be early; who calls it again hears of what happened meanwhile. Never, for a store that has nothing to tell.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    async fn disturbed(&self) {
+        std::future::pending::<()>().await;
+    }
+
     /// What it promises, as found when it was connected.
     fn guarantees(&self) -> Guarantees;
 

@@ -30,6 +30,19 @@ fn a_server_that_forgets_and_restarts_while_a_lock_is_held_makes_it_lost_and_tok
 }
 
 #[test]
+fn a_connection_that_was_replaced_has_every_lock_confirmed_at_once() {
+    let (mut server, proxy, locks) = linked();
+    // Renewed every six minutes, after the first look.
+    let guard = lock(&locks.mutex("a").ttl(ms(3_600_000)));
+    proxy.wait_for(1, renews("a"));
+    let began = clock::now();
+    server.restart();
+    assert_eq!(block_on(guard.lost()), Loss::Removed);
+    let waited = clock::now().since(began);
+    assert!(waited < ms(5_000), "it took {waited:?}");
+}
+
+#[test]
 fn a_server_that_remembers_and_restarts_while_a_lock_is_held_costs_nothing() {
     let mut server = lasting();
     let locks = connect(&server.url());

@@ -14,7 +14,7 @@ use redis::{
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::combine::{Counter, Job, Patience, Unanswered};
 use super::config::{Address, RedisConfig};
@@ -89,6 +89,8 @@ pub(super) struct Connector {
     generations: AtomicU64,
     /// Who is told of messages, and of a connection that broke.
     waiting: Arc<Waiting>,
+    /// Rung when a connection broke, and when there is a new one.
+    disturbed: Arc<Notify>,
 }
 
 impl Connector {
@@ -101,6 +103,7 @@ impl Connector {
             slot: Mutex::new(Slot::Down),
             generations: AtomicU64::new(0),
             waiting,
+            disturbed: Arc::default(),
         })
     }
 
@@ -111,6 +114,11 @@ impl Connector {
 
     pub(super) fn timeout(&self) -> Duration {
         self.config.timeout
+    }
+
+    /// Resolves when a connection broke, or was replaced.
+    pub(super) async fn disturbed(&self) {
+        self.disturbed.notified().await;
     }
 
     fn slot(&self) -> MutexGuard<'_, Slot> {
@@ -221,11 +229,13 @@ impl Connector {
         if protocol == ProtocolVersion::RESP3 {
             let (closed, waiting, prefix) =
                 (closed.clone(), self.waiting.clone(), self.config.prefix.clone());
+            let disturbed = self.disturbed.clone();
             options = options.set_push_sender(move |push: PushInfo| -> Result<(), redis::aio::SendError> {
                 match (push.kind, push.data.as_slice()) {
                     (PushKind::Disconnection, _) => {
                         closed.store(true, Ordering::Release);
                         waiting.disconnected(generation);
+                        disturbed.notify_one();
                     }
                     (PushKind::Message, [_, Value::BulkString(message)]) => {
                         waiting.pushed(&prefix, generation, message);
@@ -238,6 +248,9 @@ impl Connector {
         let dialled = client.get_multiplexed_async_connection_with_config(&options).await;
         Ok(dialled.map(|connection| {
             self.waiting.connected(generation);
+            if generation > 1 {
+                self.disturbed.notify_one();
+            }
             let counter = Counter::open(connection.clone(), closed.clone());
             Arc::new(Link {
                 connection,

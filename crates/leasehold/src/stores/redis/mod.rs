@@ -478,6 +478,10 @@ impl Store for RedisStore {
             .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
     }
 
+    async fn disturbed(&self) {
+        self.connector.disturbed().await;
+    }
+
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
         self.look_at(query).await.map_err(|error| error.on_store(&self.connector.location))
     }
