@@ -167,6 +167,22 @@ impl Place {
     }
 }
 
+/// The stores that `scheme:?node=URL&node=URL` names. A `?`, `&`, `#` or `%` within a node's URL is percent-encoded.
+fn nodes(scheme: &str, rest: &str) -> Result<Vec<Place>> {
+    let form = || format!("{scheme}:?node=redis://a:6379&node=redis://b:6379, with ? & # and % in a node's URL percent-encoded");
+    let query = rest
+        .strip_prefix('?')
+        .ok_or_else(|| Error::invalid(format!("{scheme}: names its nodes in parameters")).advise(form()))?;
+    let mut nodes = Vec::new();
+    for (key, node) in url::form_urlencoded::parse(query.replace('+', "%2B").as_bytes()) {
+        if key != "node" {
+            return Err(Error::invalid(format!("{scheme}: has a parameter that is not a node")).advise(form()));
+        }
+        nodes.push(Place::parse(&node)?);
+    }
+    Ok(nodes)
+}
+
 #[cfg(not(all(feature = "redis", feature = "sqlite")))]
 fn not_built_in(scheme: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this build was made without the {scheme}: store"))
