@@ -248,11 +248,11 @@ impl Shared {
         table.planned = now;
     }
 
-    /// Takes what is due now: batches to renew, each of one TTL, and releases to begin.
+    /// Takes what is due now: batches to renew, each of one TTL and of names that go together, and releases to begin.
     #[expect(clippy::type_complexity, reason = "private, and each part is named at the only call")]
     fn collect(&self) -> (Vec<Vec<(Turn, Held)>>, Vec<(Held, Instant)>, Instant, bool) {
         let now = clock::now();
-        let mut by_ttl: HashMap<Duration, Vec<(Turn, Held)>> = HashMap::new();
+        let mut together: HashMap<(Duration, u64), Vec<(Turn, Held)>> = HashMap::new();
         let mut lost = Vec::new();
         let mut table = lock(&self.table);
         while let Some(entry) = table.due.first_entry() {
@@ -283,7 +283,8 @@ impl Shared {
             held.extend = state.lease.extension(now);
             let ttl = state.lease.ttl();
             drop(state);
-            by_ttl.entry(ttl).or_default().push((turn, held));
+            let company = self.store.company(&held.name);
+            together.entry((ttl, company)).or_default().push((turn, held));
         }
         let first = table.due.first_key_value().map_or(Instant::FAR, |((due, _), _)| *due);
         // What was planned stays planned, also when the lock that it was for is gone: the next lock then finds the thread
@@ -299,7 +300,7 @@ impl Shared {
             cell.tell_loss(loss);
         }
         let mut batches = Vec::new();
-        for (_, mut cells) in by_ttl {
+        for (_, mut cells) in together {
             while !cells.is_empty() {
                 let rest = cells.split_off(cells.len().min(BATCH));
                 batches.push(std::mem::replace(&mut cells, rest));

@@ -28,7 +28,7 @@ use async_trait::async_trait;
 use crate::clock::Now;
 use crate::error::{Error, Result};
 use crate::types::{
-    Acquired, Claim, Finding, Grant, Guarantees, Held, LockView, Page, Query, Released, Renewal, Ticket,
+    Acquired, Claim, Finding, Grant, Guarantees, Held, LockView, Name, Page, Query, Released, Renewal, Ticket,
 };
 
 /// The longest lease that a waiter is handed: what a waiter that died costs the others. A longer TTL begins with the
@@ -89,6 +89,13 @@ pub trait Store: Debug + Send + Sync + 'static {
     async fn announce(&self, ticket: &Ticket, owner: &str) -> Result<()> {
         let _ = (ticket, owner);
         Ok(())
+    }
+
+    /// Which names are renewed together: those of one number. A store made of several servers tells them apart here, so
+    /// that one that answers slowly holds up the renewals of no other.
+    fn company(&self, name: &Name) -> u64 {
+        let _ = name;
+        0
     }
 
     /// Extends, or only confirms, what is held: one answer an item, in one round trip for as many as the store can.

@@ -9,10 +9,12 @@ use serde::{Deserialize, Serialize};
 
 mod fairness;
 mod guarantees;
+mod hash;
 mod owner;
 
 pub use fairness::Fairness;
 pub use guarantees::{Fencing, Finding, Guarantees, Persistence, Severity};
+pub(crate) use hash::stable_hash;
 pub use owner::{InvalidOwner, MAX_OWNER_BYTES, Owner};
 
 /// The largest name, in bytes.

@@ -2,9 +2,11 @@
 
 #[cfg(feature = "sqlite")]
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::runtime::Handle;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -14,6 +16,7 @@ use crate::store::Store;
 use crate::stores::memory::MemoryStore;
 #[cfg(feature = "redis")]
 use crate::stores::redis::{RedisConfig, RedisStore};
+use crate::stores::ring::{Node, RingStore};
 #[cfg(feature = "sqlite")]
 use crate::stores::sqlite::{self, SqliteStore};
 use crate::types::{Fencing, Finding, Severity};
@@ -24,6 +27,7 @@ use crate::types::{Fencing, Finding, Severity};
 /// |---|---|
 /// | `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `redis+unix:///path` | Redis or Valkey, one server |
 /// | `sqlite:/path/to/file.db`, `sqlite:` (a file in the home directory) | embedded, for the processes of one machine |
+/// | `ring:?node=URL&node=URL` | each name on one of several, for load: see `docs/ring.md` |
 /// | `memory:` | a new one in this process, for tests |
 ///
 /// `valkey://` and `valkeys://` are the same as `redis://` and `rediss://`. Each store's page in `docs/` lists its options.
@@ -120,6 +124,7 @@ impl std::fmt::Debug for Connector {
 /// A store that a URL names, recognised and not yet opened.
 enum Place {
     Memory,
+    Ring(Vec<(Place, Member)>),
     #[cfg(feature = "sqlite")]
     Sqlite(PathBuf),
     #[cfg(feature = "redis")]
@@ -135,6 +140,7 @@ impl Place {
         match scheme.to_ascii_lowercase().as_str() {
             "memory" if rest.is_empty() => Ok(Self::Memory),
             "memory" => Err(Error::invalid("memory: takes nothing after the colon")),
+            "ring" => ring(rest).map(Self::Ring),
             #[cfg(feature = "sqlite")]
             "sqlite" => sqlite_path(rest).map(Self::Sqlite),
             #[cfg(feature = "redis")]
@@ -148,17 +154,16 @@ impl Place {
                 Err(not_built_in(scheme))
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
-                .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite: and memory:")),
+                .advise(
+                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite:, ring: and memory:",
+                )),
         }
     }
 
-    #[cfg_attr(
-        not(feature = "redis"),
-        expect(unused_variables, clippy::unused_async, reason = "Redis needs both")
-    )]
     async fn open(self, runtime: &Handle) -> Result<Arc<dyn Store>> {
         match self {
             Self::Memory => Ok(Arc::new(MemoryStore::new())),
+            Self::Ring(members) => open_ring(members, runtime).await,
             #[cfg(feature = "sqlite")]
             Self::Sqlite(path) => Ok(Arc::new(SqliteStore::open(&path, &sqlite::Options::default())?)),
             #[cfg(feature = "redis")]
@@ -169,18 +174,67 @@ impl Place {
 
 /// The stores that `scheme:?node=URL&node=URL` names. A `?`, `&`, `#` or `%` within a node's URL is percent-encoded.
 fn nodes(scheme: &str, rest: &str) -> Result<Vec<Place>> {
-    let form = || format!("{scheme}:?node=redis://a:6379&node=redis://b:6379, with ? & # and % in a node's URL percent-encoded");
+    let form = || {
+        format!(
+            "{scheme}:?node=redis://a:6379&node=redis://b:6379, with ? & # and % in a node's URL percent-encoded"
+        )
+    };
     let query = rest
         .strip_prefix('?')
         .ok_or_else(|| Error::invalid(format!("{scheme}: names its nodes in parameters")).advise(form()))?;
     let mut nodes = Vec::new();
     for (key, node) in url::form_urlencoded::parse(query.replace('+', "%2B").as_bytes()) {
         if key != "node" {
-            return Err(Error::invalid(format!("{scheme}: has a parameter that is not a node")).advise(form()));
+            return Err(
+                Error::invalid(format!("{scheme}: has a parameter that is not a node")).advise(form())
+            );
         }
         nodes.push(Place::parse(&node)?);
     }
     Ok(nodes)
+}
+
+/// What becomes of a node of a ring.
+type Member = fn(Node) -> Node;
+
+/// The nodes of `ring:?node=URL&node=URL`, and those that `adding=URL` and `removing=URL` name.
+fn ring(rest: &str) -> Result<Vec<(Place, Member)>> {
+    let (mut staying, mut adding, mut removing) = (Vec::new(), Vec::new(), Vec::new());
+    for part in rest.strip_prefix('?').unwrap_or_default().split('&') {
+        match part.split_once('=') {
+            Some(("adding", url)) => adding.push(format!("node={url}")),
+            Some(("removing", url)) => removing.push(format!("node={url}")),
+            _ => staying.push(part.to_owned()),
+        }
+    }
+    let mut members: Vec<(Place, Member)> = Vec::new();
+    let sorts: [(Vec<String>, Member); 3] =
+        [(staying, |node| node), (adding, Node::adding), (removing, Node::removing)];
+    for (parts, member) in sorts {
+        let rest = if rest.starts_with('?') { format!("?{}", parts.join("&")) } else { rest.to_owned() };
+        members.extend(nodes("ring", &rest)?.into_iter().map(|place| (place, member)));
+    }
+    Ok(members)
+}
+
+/// Connects to all nodes at once; one that cannot be reached is an error.
+fn open_ring(
+    members: Vec<(Place, Member)>,
+    runtime: &Handle,
+) -> Pin<Box<dyn Future<Output = Result<Arc<dyn Store>>> + Send + '_>> {
+    Box::pin(async move {
+        let opened = join_all(members.into_iter().map(|(place, member)| async move {
+            let store = place.open(runtime).await.map_err(|error| match error.kind() {
+                ErrorKind::Unavailable => {
+                    error.advise("a ring connects when all of its nodes answer: see docs/ring.md")
+                }
+                _ => error,
+            });
+            store.map(|store| member(Node::new(store)))
+        }));
+        let nodes = opened.await.into_iter().collect::<Result<Vec<_>>>()?;
+        Ok(Arc::new(RingStore::new(nodes)?) as Arc<dyn Store>)
+    })
 }
 
 #[cfg(not(all(feature = "redis", feature = "sqlite")))]

@@ -7,6 +7,7 @@ use leasehold::conformance::CLAUSES;
 use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
 use leasehold::stores::redis::{RedisConfig, RedisStore};
+use leasehold::stores::ring::{Node, RingStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
 use leasehold_chaos::servers::RedisServer;
 
@@ -59,9 +60,31 @@ async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
     (folder, Arc::new(store))
 }
 
+/// Redis servers of this test's own, and a ring over them.
+async fn ring_of(members: &[fn(Node) -> Node]) -> (Vec<RedisServer>, Arc<dyn Store>) {
+    let (mut servers, mut nodes) = (Vec::new(), Vec::new());
+    for member in members {
+        let (server, store) = redis().await;
+        servers.push(server);
+        nodes.push(member(Node::new(store)));
+    }
+    (servers, Arc::new(RingStore::new(nodes).expect("a ring")))
+}
+
+async fn ring() -> (Vec<RedisServer>, Arc<dyn Store>) {
+    ring_of(&[|node| node, |node| node, |node| node]).await
+}
+
+/// Every name moves from one server to another.
+async fn moving() -> (Vec<RedisServer>, Arc<dyn Store>) {
+    ring_of(&[Node::removing, Node::adding]).await
+}
+
 suite!(memory, memory());
 suite!(redis, redis());
 suite!(sqlite, sqlite());
+suite!(ring, ring());
+suite!(ring_that_changes, moving());
 
 #[test]
 fn every_clause_of_the_contract_has_a_check() {
