@@ -45,6 +45,16 @@ impl Locks {
         Mutex(self.0.mutex(name))
     }
 
+    /// A handle on several locks, to be taken together; see [`Locks::all`](crate::Locks::all).
+    pub fn all<N: AsRef<[u8]>>(&self, names: impl IntoIterator<Item = N>) -> MutexSet {
+        MutexSet(self.0.all(names))
+    }
+
+    /// So many locks for any number of keys; see [`Locks::striped`](crate::Locks::striped).
+    pub fn striped(&self, name: impl AsRef<[u8]>, stripes: u32) -> Striped {
+        Striped(self.0.striped(name, stripes))
+    }
+
     /// Looks at one lock.
     ///
     /// # Errors
@@ -266,5 +276,127 @@ impl Guard {
     /// As [`Guard::leak`](crate::Guard::leak).
     pub fn leak(self) -> Result<FencingToken> {
         block_on(self.0.leak())
+    }
+}
+
+/// A fixed number of locks for any number of keys; see [`leasehold::Striped`](crate::Striped).
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Striped(crate::Striped);
+
+impl Striped {
+    /// As [`Striped::options`](crate::Striped::options).
+    pub fn options(self, set: impl FnOnce(Mutex) -> Mutex) -> Self {
+        Self(self.0.options(|each| set(Mutex(each)).0))
+    }
+
+    /// How many there are.
+    pub fn stripes(&self) -> u32 {
+        self.0.stripes()
+    }
+
+    /// The number of the stripe that `key` belongs to.
+    pub fn stripe_of(&self, key: impl AsRef<[u8]>) -> u32 {
+        self.0.stripe_of(key)
+    }
+
+    /// The lock of `key`.
+    #[must_use]
+    pub fn stripe_for(&self, key: impl AsRef<[u8]>) -> Mutex {
+        Mutex(self.0.stripe_for(key))
+    }
+
+    /// The locks of several keys at once, all or nothing.
+    pub fn all_for<K: AsRef<[u8]>>(&self, keys: impl IntoIterator<Item = K>) -> MutexSet {
+        MutexSet(self.0.all_for(keys))
+    }
+}
+
+/// A handle on several locks, to be taken together; see [`leasehold::MutexSet`](crate::MutexSet).
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct MutexSet(crate::MutexSet);
+
+impl MutexSet {
+    /// Sets the options that each of the locks has.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let locks = leasehold::blocking::connect("memory:")?;
+    /// let both = locks.all(["a", "b"]).options(|set| set.ttl(Duration::from_secs(10)).label("transfer"));
+    /// both.lock()?;
+    /// # Ok::<(), leasehold::Error>(())
+    /// ```
+    pub fn options(self, set: impl FnOnce(crate::MutexSet) -> crate::MutexSet) -> Self {
+        Self(set(self.0))
+    }
+
+    /// Waits until all of them are held.
+    ///
+    /// # Errors
+    /// As [`MutexSet::lock`](crate::MutexSet::lock).
+    pub fn lock(&self) -> Result<GuardSet> {
+        block_on(self.0.lock()).map(GuardSet)
+    }
+
+    /// Takes them if all are free now.
+    ///
+    /// # Errors
+    /// As [`MutexSet::try_lock`](crate::MutexSet::try_lock).
+    pub fn try_lock(&self) -> Result<Option<GuardSet>> {
+        Ok(block_on(self.0.try_lock())?.map(GuardSet))
+    }
+
+    /// Waits for all of them for `patience` at most.
+    ///
+    /// # Errors
+    /// As [`MutexSet::lock_for`](crate::MutexSet::lock_for).
+    pub fn lock_for(&self, patience: Duration) -> Result<Option<GuardSet>> {
+        Ok(block_on(self.0.lock_for(patience))?.map(GuardSet))
+    }
+}
+
+/// Several locks held together; see [`leasehold::GuardSet`](crate::GuardSet).
+#[derive(Debug)]
+#[must_use = "the locks are released when the set is dropped"]
+pub struct GuardSet(crate::GuardSet);
+
+impl GuardSet {
+    /// The guards, one for each name, in the order asked, each for itself from now on.
+    pub fn into_guards(self) -> Vec<Guard> {
+        self.0.into_guards().into_iter().map(Guard).collect()
+    }
+
+    /// The fencing tokens, in the order asked.
+    pub fn fencing_tokens(&self) -> Vec<FencingToken> {
+        self.0.fencing_tokens()
+    }
+
+    /// The worst status of all.
+    pub fn status(&self) -> Status {
+        self.0.status()
+    }
+
+    /// The least time left that can be trusted.
+    pub fn remaining(&self) -> Duration {
+        self.0.remaining()
+    }
+
+    /// Waits until the first of them is lost, and says which and why.
+    pub fn lost(&self) -> (Name, Loss) {
+        block_on(self.0.lost())
+    }
+
+    /// Makes each lease last at least `ttl` from now.
+    ///
+    /// # Errors
+    /// As [`GuardSet::extend`](crate::GuardSet::extend).
+    pub fn extend(&self, ttl: Duration) -> Result<Duration> {
+        block_on(self.0.extend(ttl))
+    }
+
+    /// Gives all of them back at once and tells how each stood.
+    pub fn unlock(self) -> Vec<(Name, Result<Released>)> {
+        block_on(self.0.unlock())
     }
 }

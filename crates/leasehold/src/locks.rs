@@ -8,7 +8,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::keeper::{Bench, DEFAULT_CLOSE_TIMEOUT, Keeper};
 use crate::local::Lines;
 use crate::mutex::Mutex;
+use crate::set::MutexSet;
 use crate::store::Store;
+use crate::striped::Striped;
 use crate::types::{Fencing, Finding, Guarantees, LockView, Name, Page, Query};
 
 /// The locks of one store, with the one connection and the one keeper thread that serve them all.
@@ -45,6 +47,45 @@ impl Locks {
     /// told by the first use.
     pub fn mutex(&self, name: impl AsRef<[u8]>) -> Mutex {
         Mutex::new(self.keeper.clone(), self.lines.clone(), Name::new(name))
+    }
+
+    /// A handle on several locks, to be taken together, all or nothing: see [`MutexSet`]. A name that is given twice counts
+    /// once. No I/O; a bad name, or none at all, is told by the first use.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> leasehold::Result<()> {
+    /// let locks = leasehold::connect("memory:").await?;
+    /// let guards = locks.all(["account:17", "account:3"]).lock().await?; // in any order: no deadlock
+    /// let [from, to] = guards.fencing_tokens()[..] else { unreachable!("one for each name, in the order asked") };
+    /// # let _ = (from, to);
+    /// for (name, released) in guards.unlock().await {
+    ///     println!("{name}: {:?}", released?);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn all<N: AsRef<[u8]>>(&self, names: impl IntoIterator<Item = N>) -> MutexSet {
+        MutexSet::new(self.template(), names)
+    }
+
+    /// So many locks for any number of keys: see [`Striped`]. No I/O; 0 or more than 65,536 stripes, or a bad name, are told
+    /// by the first use.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> leasehold::Result<()> {
+    /// let locks = leasehold::connect("memory:").await?;
+    /// let coupons = locks.striped("coupon", 16);
+    /// let _guard = coupons.stripe_for("SPRING-2026").lock().await?; // one of coupon:0 to coupon:15
+    /// # Ok(()) }
+    /// ```
+    pub fn striped(&self, name: impl AsRef<[u8]>, stripes: u32) -> Striped {
+        Striped::new(self.template(), name.as_ref(), stripes)
+    }
+
+    /// What gets its name later.
+    fn template(&self) -> Mutex {
+        Mutex::new(self.keeper.clone(), self.lines.clone(), Name::new(""))
     }
 
     /// Looks at one lock: who holds it, since when, with what token.

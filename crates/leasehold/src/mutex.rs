@@ -79,6 +79,26 @@ impl Mutex {
         Self { keeper, name, settings, record: Arc::default(), lines, line: OnceLock::new() }
     }
 
+    /// The same options for another name.
+    pub(crate) fn named(&self, name: std::result::Result<Name, InvalidName>) -> Self {
+        Self { name, line: OnceLock::new(), ..self.clone() }
+    }
+
+    /// How it tries again.
+    pub(crate) fn policy(&self) -> &Retry {
+        &self.settings.retry
+    }
+
+    /// The longest time to wait for it, if that is limited.
+    pub(crate) fn longest_wait(&self) -> Option<Duration> {
+        self.settings.max_wait
+    }
+
+    /// Where it is kept.
+    pub(crate) fn location(&self) -> Arc<str> {
+        self.keeper.store().location()
+    }
+
     fn with(mut self, change: impl FnOnce(&mut Settings)) -> Self {
         change(&mut self.settings);
         self.record = Arc::default();
@@ -336,18 +356,7 @@ impl Mutex {
     /// ```
     pub async fn run<T>(&self, work: impl AsyncFnOnce(&Guard) -> T) -> Result<T> {
         let guard = self.lock().await?;
-        let outcome = {
-            let mut lost = pin!(guard.lost());
-            let mut work = pin!(work(&guard));
-            std::future::poll_fn(|cx| {
-                // The loss first: work that is ready in the same moment was not finished under the lock for sure.
-                if let std::task::Poll::Ready(loss) = lost.as_mut().poll(cx) {
-                    return std::task::Poll::Ready(Err(loss));
-                }
-                work.as_mut().poll(cx).map(Ok)
-            })
-            .await
-        };
+        let outcome = unless_lost(guard.lost(), work(&guard)).await;
         let in_time = guard.status() != Status::Lost;
         let answer = guard.unlock().await;
         match outcome {
@@ -363,7 +372,8 @@ impl Mutex {
         }
     }
 
-    async fn acquire(
+    /// Claims it: the guard, or who had it when the patience ended. Without a policy it neither waits nor queues.
+    pub(crate) async fn acquire(
         &self,
         retry: Option<&Retry>,
         deadline: Instant,
@@ -517,6 +527,22 @@ impl Mutex {
             Err(_) => error,
         }
     }
+}
+
+/// What `work` gives, or the loss if that comes before: the work is dropped then.
+pub(crate) async fn unless_lost<T, L>(
+    lost: impl Future<Output = L>,
+    work: impl Future<Output = T>,
+) -> std::result::Result<T, L> {
+    let (mut lost, mut work) = (pin!(lost), pin!(work));
+    std::future::poll_fn(|cx| {
+        // The loss first: work that is ready in the same moment was not finished under the lock for sure.
+        if let std::task::Poll::Ready(loss) = lost.as_mut().poll(cx) {
+            return std::task::Poll::Ready(Err(loss));
+        }
+        work.as_mut().poll(cx).map(Ok)
+    })
+    .await
 }
 
 fn host_name() -> &'static str {

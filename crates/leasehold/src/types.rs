@@ -82,6 +82,12 @@ impl fmt::Debug for Name {
 #[error("{0}")]
 pub struct InvalidName(String);
 
+impl InvalidName {
+    pub(crate) fn new(why: String) -> Self {
+        Self(why)
+    }
+}
+
 /// Bytes of a stranger, safe to print: valid UTF-8 stays, control characters and all else are escaped.
 #[derive(Clone, Copy, Debug)]
 pub struct Escaped<'a>(pub &'a [u8]);

@@ -217,11 +217,11 @@ fn ring(rest: &str) -> Result<Vec<(Place, Member)>> {
     Ok(members)
 }
 
+/// An opening that may contain others.
+type Opening<'a> = Pin<Box<dyn Future<Output = Result<Arc<dyn Store>>> + Send + 'a>>;
+
 /// Connects to all nodes at once; one that cannot be reached is an error.
-fn open_ring(
-    members: Vec<(Place, Member)>,
-    runtime: &Handle,
-) -> Pin<Box<dyn Future<Output = Result<Arc<dyn Store>>> + Send + '_>> {
+fn open_ring(members: Vec<(Place, Member)>, runtime: &Handle) -> Opening<'_> {
     Box::pin(async move {
         let opened = join_all(members.into_iter().map(|(place, member)| async move {
             let store = place.open(runtime).await.map_err(|error| match error.kind() {

@@ -27,10 +27,18 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &["types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "local", "guard"],
     ),
     (
-        "locks",
+        "set",
         &[
             "types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "local", "guard",
             "mutex",
+        ],
+    ),
+    ("striped", &["types", "error", "mutex", "set"]),
+    (
+        "locks",
+        &[
+            "types", "error", "store", "clock", "retry", "lease", "cell", "keeper", "wait", "local", "guard",
+            "mutex", "set", "striped",
         ],
     ),
     (
@@ -40,7 +48,13 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "locks", "stores",
         ],
     ),
-    ("blocking", &["types", "error", "clock", "retry", "lease", "guard", "mutex", "locks", "url", "root"]),
+    (
+        "blocking",
+        &[
+            "types", "error", "clock", "retry", "lease", "guard", "mutex", "set", "striped", "locks", "url",
+            "root",
+        ],
+    ),
 ];
 
 /// Where conditions on features and platforms may stand.

@@ -14,6 +14,9 @@ use leasehold::store::Store;
 use leasehold::stores::memory::{Fault, MemoryStore, Verb};
 use leasehold::{Claim, ErrorKind, FencingToken, Locks, Loss, Query, Released, Retry, Status, clock};
 
+mod yielding;
+use yielding::Yielding;
+
 fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
@@ -234,50 +237,6 @@ async fn drop_after(polls: usize, work: impl Future<Output = ()>) -> bool {
         }
     })
     .await
-}
-
-/// A store that yields before and after each call, so that there are awaits to be dropped at.
-#[derive(Debug)]
-struct Yielding(Arc<MemoryStore>);
-
-#[async_trait::async_trait]
-impl Store for Yielding {
-    async fn acquire(&self, claim: &Claim) -> leasehold::Result<leasehold::Acquired> {
-        tokio::task::yield_now().await;
-        let answer = self.0.acquire(claim).await;
-        tokio::task::yield_now().await;
-        answer
-    }
-    async fn woken(&self, ticket: &leasehold::Ticket) -> leasehold::Woken {
-        self.0.woken(ticket).await
-    }
-    async fn renew(&self, held: &[leasehold::Held]) -> Vec<leasehold::Result<leasehold::Renewal>> {
-        tokio::task::yield_now().await;
-        let answer = self.0.renew(held).await;
-        tokio::task::yield_now().await;
-        answer
-    }
-    async fn release(&self, held: &leasehold::Held) -> leasehold::Result<Released> {
-        tokio::task::yield_now().await;
-        let answer = self.0.release(held).await;
-        tokio::task::yield_now().await;
-        answer
-    }
-    async fn inspect(&self, query: &Query) -> leasehold::Result<leasehold::Page<leasehold::LockView>> {
-        self.0.inspect(query).await
-    }
-    fn guarantees(&self) -> leasehold::Guarantees {
-        self.0.guarantees()
-    }
-    fn location(&self) -> Arc<str> {
-        self.0.location()
-    }
-    async fn diagnose(&self) -> Vec<leasehold::Finding> {
-        self.0.diagnose().await
-    }
-    fn lifeline(&self) -> Option<Arc<std::fs::File>> {
-        None
-    }
 }
 
 /// Every async function of the face, dropped after every number of polls it can have, leaves nothing behind.

@@ -61,7 +61,9 @@ fn start(url: &str, folder: &Path, count: usize) -> Vec<Process> {
         Process::start_by(&mut Command::new(std::env::current_exe().unwrap()), url, folder, Duration::ZERO)
     };
     let mut all: Vec<_> = (0..count).map(one).collect();
-    all.iter_mut().for_each(|process| assert_eq!(process.line(), "ready"));
+    for process in &mut all {
+        assert_eq!(process.line(), "ready");
+    }
     all
 }
 
@@ -80,7 +82,8 @@ fn a_node_is_added_and_removed_under_contention_without_two_holders() {
     let servers = [RedisServer::start(), RedisServer::start(), RedisServer::start()];
     let [a, b, c] = [0, 1, 2].map(|at: usize| servers[at].url());
     let folder = tempfile::tempdir().unwrap();
-    let names = ring_nodes::moving_names(&[&a, &b], &[&a, &b, &c], NAMES);
+    let mut names = ring_nodes::moving_names(&[&a, &b], &[&a, &b, &c], NAMES + 1);
+    let kept = names.remove(NAMES);
     std::fs::write(folder.path().join("names"), names.join("\n")).unwrap();
     for name in &names {
         std::fs::create_dir(folder.path().join(name)).unwrap();
@@ -89,7 +92,7 @@ fn a_node_is_added_and_removed_under_contention_without_two_holders() {
     let leaving = format!("ring:?node={a}&node={b}&removing={c}");
 
     let locks = block_on(connect(&during)).unwrap();
-    let kept = block_on(locks.mutex("kept through the change").lock()).unwrap();
+    let kept_guard = block_on(locks.mutex(&kept).lock()).unwrap();
     let mut old = start(&before, folder.path(), 2);
     let mut between = start(&during, folder.path(), 2);
     contend(&mut [&mut old, &mut between]);
@@ -103,7 +106,7 @@ fn a_node_is_added_and_removed_under_contention_without_two_holders() {
     drop(new);
     let mut old = start(&before, folder.path(), 2);
     contend(&mut [&mut between, &mut old]);
-    assert_eq!(block_on(kept.unlock()).unwrap(), Released::Released);
+    assert_eq!(block_on(kept_guard.unlock()).unwrap(), Released::Released);
 
     let mut count = 0;
     for name in &names {

@@ -414,7 +414,8 @@ mod tests {
                     moved += 1;
                 }
             }
-            let (share, ideal) = (f64::from(moved) / f64::from(NAMES), 1.0 / f64::from(nodes.len() as u32));
+            let count = u32::try_from(nodes.len()).unwrap();
+            let (share, ideal) = (f64::from(moved) / f64::from(NAMES), 1.0 / f64::from(count));
             println!(
                 "{} nodes: the new one took {:.2} % of the names, its share is {:.2} %",
                 nodes.len(),
