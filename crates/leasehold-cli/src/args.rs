@@ -64,12 +64,13 @@ pub(crate) enum Command {
 #[derive(Args, Debug)]
 #[command(
     after_help = RUN_HELP,
-    override_usage = "leasehold run [OPTIONS] NAME -- COMMAND...\n       leasehold run [OPTIONS] NAME -c TEXT",
+    override_usage = "leasehold run [OPTIONS] NAME... -- COMMAND...\n       leasehold run [OPTIONS] NAME... -c TEXT",
     group = ArgGroup::new("what").required(true).args(["shell_command", "command"])
 )]
 pub(crate) struct RunArgs {
-    /// The lock: 1 to 512 bytes, compared byte for byte
-    pub(crate) name: OsString,
+    /// The lock: 1 to 512 bytes, compared byte for byte; or several, which are taken together, all or none
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<OsString>,
 
     /// Give up at once if somebody else holds the lock
     #[arg(short, long, conflicts_with = "wait")]
@@ -148,12 +149,14 @@ Exit codes:
   127   the command was not found
 
 The command finds in its environment LEASEHOLD_NAME, LEASEHOLD_TOKEN (the fencing token), LEASEHOLD_OWNER,
-LEASEHOLD_TTL_MS and LEASEHOLD_LOST_FD (a descriptor that becomes readable when the lock is lost).
+LEASEHOLD_TTL_MS and LEASEHOLD_LOST_FD (a descriptor that becomes readable when the lock is lost). LEASEHOLD_NAMES,
+LEASEHOLD_TOKENS and LEASEHOLD_OWNERS have one line for each lock; with several locks the first three are not set.
 Processes that it leaves behind are stopped before the lock is released.
 
 Examples:
   leasehold run nightly-backup -- ./backup.sh
   leasehold run -w 10s --ttl 1m deploy -- make deploy
+  leasehold run account:3 account:17 -- ./transfer.sh
   leasehold run -n --quiet-if-busy report -c 'make-report > report.tmp && mv report.tmp report'";
 
 #[derive(Args, Debug)]

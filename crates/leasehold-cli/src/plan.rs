@@ -78,7 +78,8 @@ pub(crate) enum Patience {
 /// Everything that `run` needs to know.
 #[derive(Clone, Debug)]
 pub(crate) struct RunPlan {
-    pub(crate) name: Name,
+    /// One or several, each once, in the order given.
+    pub(crate) names: Vec<Name>,
     pub(crate) command: Vec<OsString>,
     pub(crate) patience: Patience,
     pub(crate) busy_code: u8,
@@ -99,7 +100,19 @@ impl RunPlan {
     /// # Errors
     /// What is wrong with them, for the user.
     pub(crate) fn check(args: RunArgs) -> Result<Self, String> {
-        let name = Name::new(args.name.as_encoded_bytes()).map_err(|bad| bad.to_string())?;
+        let mut names: Vec<Name> = Vec::with_capacity(args.names.len());
+        for name in &args.names {
+            let name = Name::new(name.as_encoded_bytes()).map_err(|bad| bad.to_string())?;
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        if names.len() > 1 && names.iter().any(|name| name.as_bytes().contains(&b'\n')) {
+            return Err(
+                "of several locks none can have a line break in its name: the command is told one a line"
+                    .into(),
+            );
+        }
         let most = Duration::from_secs(366 * 24 * 3600);
         if args.ttl > most {
             return Err("--ttl is more than 366 days".into());
@@ -116,7 +129,7 @@ impl RunPlan {
             (false, None) => Patience::Endless,
         };
         Ok(Self {
-            name,
+            names,
             command,
             patience,
             busy_code: if args.quiet_if_busy { 0 } else { args.conflict_exit_code },
@@ -131,6 +144,11 @@ impl RunPlan {
             json: args.json,
         })
     }
+}
+
+/// Names for a message.
+pub(crate) fn title(names: &[Name]) -> String {
+    names.iter().map(Name::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// A duration as people write it, to the millisecond.

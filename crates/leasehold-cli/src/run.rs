@@ -4,12 +4,12 @@ use std::ffi::OsString;
 use std::pin::pin;
 
 use leasehold::clock::{self, Instant};
-use leasehold::{Error, ErrorKind, Guard, Holder, Locks, Released, Status};
+use leasehold::{Error, ErrorKind, GuardSet, Holder, Locks, Name, Released, Status};
 use serde_json::json;
 
 use crate::child::{self, Ended, Guarded, Message, Orders, Outside, Report, Signals, Surroundings};
 use crate::exit;
-use crate::plan::{OnLost, Patience, RunPlan, human};
+use crate::plan::{OnLost, Patience, RunPlan, human, title};
 use crate::status::{Reporter, say};
 
 /// Runs the plan against the store at `store`; returns the exit code.
@@ -21,7 +21,7 @@ pub(crate) async fn run(store: &str, plan: &RunPlan, around: Surroundings) -> u8
             return exit::USAGE;
         }
     };
-    let reporter = Reporter::new(&plan.name, events, plan.json, plan.quiet_if_busy);
+    let reporter = Reporter::new(&plan.names, events, plan.json, plan.quiet_if_busy);
     let mut signals = match Signals::listen(around.front) {
         Ok(signals) => signals,
         Err(error) => return reporter.failed(&format!("cannot listen for signals: {error}"), exit::FAILURE),
@@ -64,10 +64,10 @@ async fn unless_ended<T>(signals: &mut Signals, work: impl Future<Output = T>) -
 }
 
 /// Connects and asks for the lock; `None`: somebody else has it and the patience is over, as was told.
-async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks, Option<Guard>), Error> {
+async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks, Option<GuardSet>), Error> {
     let started = clock::now();
     let locks = leasehold::connect(store).await?;
-    let mut mutex = locks.mutex(plan.name.as_bytes()).ttl(plan.ttl);
+    let mut mutex = locks.all(plan.names.iter().map(Name::as_bytes)).ttl(plan.ttl);
     if let Some(label) = &plan.label {
         mutex = mutex.label(label);
     }
@@ -80,8 +80,7 @@ async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks,
     if let Some(guard) = mutex.try_lock().await? {
         return Ok((locks, Some(guard)));
     }
-    let holder = holder(&locks, plan).await;
-    let name = &plan.name;
+    let (name, holder) = holder(&locks, plan).await;
     let got = match plan.patience {
         Patience::None => Ok(None),
         Patience::For(span) => {
@@ -100,7 +99,7 @@ async fn ask(store: &str, plan: &RunPlan, reporter: &Reporter) -> Result<(Locks,
         other => other?,
     };
     if guard.is_none() {
-        let holder = self::holder(&locks, plan).await;
+        let (name, holder) = self::holder(&locks, plan).await;
         reporter.held_by("busy", holder.as_ref(), |who| match plan.patience {
             Patience::For(span) => format!("{name} is held by {who}; gave up after {}", human(span)),
             _ => format!("{name} is held by {who}"),
@@ -113,9 +112,16 @@ fn is_up(patience: Patience, started: Instant) -> bool {
     matches!(patience, Patience::For(span) if clock::now().since(started) >= span)
 }
 
-/// Who holds it, for people: not knowing is no failure.
-async fn holder(locks: &Locks, plan: &RunPlan) -> Option<Holder> {
-    locks.show(plan.name.as_bytes()).await.ok()?.holder
+/// The first of the locks that somebody holds, and who, for people: not knowing is no failure.
+async fn holder(locks: &Locks, plan: &RunPlan) -> (String, Option<Holder>) {
+    for name in &plan.names {
+        match locks.show(name.as_bytes()).await.map(|view| view.holder) {
+            Ok(Some(holder)) => return (name.to_string(), Some(holder)),
+            Ok(None) => {}
+            Err(_) => break,
+        }
+    }
+    (title(&plan.names), None)
 }
 
 /// What became of the command.
@@ -134,7 +140,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// From the grant to the release.
-    async fn under(mut self, guard: Guard, mut orders: Orders, stdin: child::Input) -> u8 {
+    async fn under(mut self, guard: GuardSet, mut orders: Orders, stdin: child::Input) -> u8 {
         let granted_at = clock::now();
         self.tell_acquired(&guard);
         let leash = self.plan.leash;
@@ -168,7 +174,7 @@ impl Run<'_> {
     /// Watches over command, lock and signals until the whole family is gone.
     async fn supervise(
         &mut self,
-        guard: &Guard,
+        guard: &GuardSet,
         mut guarded: Guarded,
         mut deadline: Instant,
         changed: impl Future<Output = ()> + Send + 'static,
@@ -203,12 +209,13 @@ impl Run<'_> {
                         return Ok(Outcome { ended, lost: lost || clock::now() > guard.valid_until() });
                     }
                 },
-                why = &mut loss, if !lost => {
+                (name, why) = &mut loss, if !lost => {
                     guarded.tell(Message::Stop);
                     lost = true;
                     let then = if ignore { "the command runs on" } else { "stopping the command" };
-                    let message = format!("the lock {} is lost: {why}; {then}", self.plan.name);
-                    self.reporter.tell("lost", json!({ "reason": why.to_string() }), Some(message));
+                    let message = format!("the lock {name} is lost: {why}; {then}");
+                    let details = self.details(&name, json!({ "reason": why.to_string() }));
+                    self.reporter.tell("lost", details, Some(message));
                 }
                 () = &mut changed, if !lost => {
                     changed = Box::pin(guard.changed());
@@ -233,12 +240,12 @@ impl Run<'_> {
     }
 
     /// Says once when renewals begin to fail, and once when they are answered again.
-    fn tell_doubt(&mut self, guard: &Guard, unsure: &mut bool) {
+    fn tell_doubt(&mut self, guard: &GuardSet, unsure: &mut bool) {
         let now = guard.status() == Status::Unsure;
         if std::mem::replace(unsure, now) == now {
             return;
         }
-        let (name, left) = (&self.plan.name, human(guard.remaining()));
+        let (name, left) = (title(&self.plan.names), human(guard.remaining()));
         let message = if now {
             format!(
                 "the lock {name} could not be renewed, trying again; it is lost in {left} unless that succeeds"
@@ -255,11 +262,11 @@ impl Run<'_> {
     }
 
     /// Whether the lock was provably held until the last process was reaped.
-    fn judge(&self, guard: &Guard, report: Report, lost: bool) -> Outcome {
+    fn judge(&self, guard: &GuardSet, report: Report, lost: bool) -> Outcome {
         if report.cut_short && !lost {
             self.reporter.note(&format!(
                 "the lock {} was not renewed in time; the command was stopped before it could pass on",
-                self.plan.name
+                title(&self.plan.names)
             ));
         }
         if report.leftovers > 0 {
@@ -277,7 +284,7 @@ impl Run<'_> {
     }
 
     /// Holds on for the least time asked for, releases, and says how it all ended.
-    async fn finish(mut self, guard: Guard, mut outcome: Outcome, granted_at: Instant) -> u8 {
+    async fn finish(mut self, guard: GuardSet, mut outcome: Outcome, granted_at: Instant) -> u8 {
         let mut code = match outcome.ended {
             Ended::Code(code) => code,
             Ended::Signal(number) => exit::signalled(i32::from(number)),
@@ -288,44 +295,70 @@ impl Run<'_> {
             let hold = unless_ended(&mut self.signals, clock::timeout_at(until, lost));
             match hold.await {
                 Ok(None) => {}
-                Ok(Some(why)) => {
-                    self.reporter.note(&format!("the lock {} is lost: {why}", self.plan.name));
+                Ok(Some((name, why))) => {
+                    self.reporter.note(&format!("the lock {name} is lost: {why}"));
                     outcome.lost = true;
                 }
                 Err(ended) => code = ended,
             }
         }
-        match guard.unlock().await {
-            Ok(answer) => {
-                self.tell_released(answer, outcome.lost);
-                outcome.lost |= answer != Released::Released;
-            }
-            Err(error) => {
-                self.reporter.note(&format!("the lock ends by itself, it could not be released: {error}"));
+        let known = outcome.lost;
+        for (name, answer) in guard.unlock().await {
+            match answer {
+                Ok(answer) => {
+                    self.tell_released(&name, answer, known);
+                    outcome.lost |= answer != Released::Released;
+                }
+                Err(error) => {
+                    self.reporter
+                        .note(&format!("the lock ends by itself, it could not be released: {error}"));
+                }
             }
         }
         if outcome.lost { exit::LOST } else { code }
     }
 
     /// Nothing was run: releases and says why.
-    async fn give_up(self, guard: Guard, why: &str) -> u8 {
+    async fn give_up(self, guard: GuardSet, why: &str) -> u8 {
         let _ = guard.unlock().await;
         self.reporter.failed(why, exit::FAILURE)
     }
 
-    fn environment(&self, guard: &Guard) -> Vec<(&'static str, OsString)> {
+    /// What the command finds in its environment; what has no value is not to be there.
+    fn environment(&self, guard: &GuardSet) -> Vec<(&'static str, Option<OsString>)> {
+        let names: Vec<_> = guard.guards().iter().map(|guard| guard.name().as_bytes()).collect();
+        let tokens: Vec<_> = guard.fencing_tokens().iter().map(ToString::to_string).collect();
+        let owners: Vec<_> = guard.guards().iter().map(|guard| guard.claim_id().to_string()).collect();
+        let names = child::os_string(&names.join(&b'\n'));
+        let (tokens, owners) = (OsString::from(tokens.join("\n")), OsString::from(owners.join("\n")));
+        let single = |value: &OsString| (guard.guards().len() == 1).then(|| value.clone());
         vec![
-            ("LEASEHOLD_NAME", child::os_string(self.plan.name.as_bytes())),
-            ("LEASEHOLD_TOKEN", guard.fencing_token().to_string().into()),
-            ("LEASEHOLD_OWNER", guard.claim_id().to_string().into()),
-            ("LEASEHOLD_TTL_MS", self.plan.ttl.as_millis().to_string().into()),
+            ("LEASEHOLD_NAME", single(&names)),
+            ("LEASEHOLD_TOKEN", single(&tokens)),
+            ("LEASEHOLD_OWNER", single(&owners)),
+            ("LEASEHOLD_NAMES", Some(names)),
+            ("LEASEHOLD_TOKENS", Some(tokens)),
+            ("LEASEHOLD_OWNERS", Some(owners)),
+            ("LEASEHOLD_TTL_MS", Some(self.plan.ttl.as_millis().to_string().into())),
         ]
     }
 
-    fn tell_acquired(&self, guard: &Guard) {
+    /// What an event says of one lock: which one, if there are several.
+    fn details(&self, name: &Name, mut details: serde_json::Value) -> serde_json::Value {
+        if self.plan.names.len() > 1 {
+            details["name"] = json!(name.to_string());
+        }
+        details
+    }
+
+    fn tell_acquired(&self, guard: &GuardSet) {
         let ttl = u64::try_from(self.plan.ttl.as_millis()).unwrap_or(u64::MAX);
-        let (token, owner) = (guard.fencing_token().get(), guard.claim_id().to_string());
-        self.reporter.tell("acquired", json!({ "token": token, "owner": owner, "ttl_ms": ttl }), None);
+        for guard in guard.guards() {
+            let (token, owner) = (guard.fencing_token().get(), guard.claim_id().to_string());
+            let details =
+                self.details(guard.name(), json!({ "token": token, "owner": owner, "ttl_ms": ttl }));
+            self.reporter.tell("acquired", details, None);
+        }
     }
 
     fn tell_exited(&self, outcome: &Outcome) {
@@ -336,15 +369,14 @@ impl Run<'_> {
         self.reporter.tell("exited", json!({ "code": code, "signal": signal, "lost": outcome.lost }), None);
     }
 
-    fn tell_released(&self, answer: Released, known: bool) {
+    fn tell_released(&self, name: &Name, answer: Released, known: bool) {
         let (word, message) = match answer {
             Released::Released => ("released", None),
             Released::NotHeld => ("not-held", Some("was no longer held")),
             Released::HeldByOther => ("held-by-other", Some("is held by somebody else by now")),
         };
         let message = message.filter(|_| !known);
-        let message =
-            message.map(|what| format!("the lock {} {what} when it was to be released", self.plan.name));
-        self.reporter.tell("released", json!({ "answer": word }), message);
+        let message = message.map(|what| format!("the lock {name} {what} when it was to be released"));
+        self.reporter.tell("released", self.details(name, json!({ "answer": word })), message);
     }
 }

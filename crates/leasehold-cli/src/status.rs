@@ -51,17 +51,23 @@ impl Drop for Reporter {
 /// Where messages and events go.
 #[derive(Debug)]
 pub(crate) struct Reporter {
-    name: String,
+    names: Vec<String>,
     events: Option<Events>,
     json: bool,
     quiet_if_busy: bool,
 }
 
 impl Reporter {
-    /// For the lock `name`; events go to `events`, and to standard error instead of messages if `json`. On standard error
+    /// For the locks `names`; events go to `events`, and to standard error instead of messages if `json`. On standard error
     /// nothing is said of other holders if `quiet_if_busy`.
-    pub(crate) fn new(name: &leasehold::Name, events: Option<File>, json: bool, quiet_if_busy: bool) -> Self {
-        Self { name: name.to_string(), events: events.map(Events::to), json, quiet_if_busy }
+    pub(crate) fn new(
+        names: &[leasehold::Name],
+        events: Option<File>,
+        json: bool,
+        quiet_if_busy: bool,
+    ) -> Self {
+        let names = names.iter().map(ToString::to_string).collect();
+        Self { names, events: events.map(Events::to), json, quiet_if_busy }
     }
 
     /// Tells an event, and what a person is told of it, if anything.
@@ -72,10 +78,13 @@ impl Reporter {
     fn write(&self, event: &str, details: Value, message: Option<String>, aloud: bool) {
         let mut object = json!({
             "event": event,
-            "name": self.name,
             "unix_ms": u64::try_from(leasehold::clock::wall().as_millis()).unwrap_or(u64::MAX),
         });
         if let (Some(object), Value::Object(details)) = (object.as_object_mut(), details) {
+            match &self.names[..] {
+                [name] => object.insert("name".into(), json!(name)),
+                names => object.insert("names".into(), json!(names)),
+            };
             object.extend(details);
         }
         let line = view::json_line(&object);

@@ -7,6 +7,7 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -34,6 +35,12 @@ const CODES: &[(&[&str], i32, &str)] = &[
     (&["run", "x", "-c", "true", "--", "true"], 64, "cannot be used with"),
     (&["run", "", "--", "true"], 64, "name is empty"),
     (&["run", "leasehold:x", "--", "true"], 64, "begins with leasehold:"),
+    (&["run", "x", "", "--", "true"], 64, "name is empty"),
+    (&["run", "x", "y\nz", "--", "true"], 64, "line break"),
+    (&["run", "x", "true"], 64, "required"),
+    (&["run", "x", "y", "x", "--", "sh", "-c", "exit 7"], 7, ""),
+    (&["run", "a", "held", "z", "-n", "--", "true"], 124, "held is held by"),
+    (&["run", "z", "held", "a", "-w", "50ms", "--", "true"], 124, "gave up after 50ms"),
     (&["run", "--bogus", "x", "--", "true"], 64, "--bogus"),
     (&["run", "-n", "-w", "1s", "x", "--", "true"], 64, "cannot be used with"),
     (&["run", "-k", "18s", "x", "--", "true"], 64, "17s at most"),
@@ -140,6 +147,57 @@ fn the_command_finds_its_lock_in_the_environment_and_tokens_grow() {
     let mut without =
         place.leasehold(["--store", &place.url(), "run", "x", "-c", "echo ${LEASEHOLD_STORE-unset}"]);
     assert_eq!(text(&without.env_remove("LEASEHOLD_STORE").output().unwrap().stdout), "unset\n");
+}
+
+#[test]
+fn several_locks_are_taken_together_and_told_a_line_each() {
+    let place = Place::new();
+    let script = "echo \"$LEASEHOLD_NAMES\"; echo \"$LEASEHOLD_TOKENS\"; echo \"$LEASEHOLD_OWNERS\"; \
+                  echo ${LEASEHOLD_NAME-none} ${LEASEHOLD_TOKEN-none} ${LEASEHOLD_OWNER-none}";
+    let command = place.leasehold(["run", "z", "x", "z", "-c", script]);
+    // Within another run, whose variables are not those of this one.
+    let output = place.run(
+        ["run", "outer", "--"]
+            .map(OsStr::new)
+            .into_iter()
+            .chain([command.get_program()])
+            .chain(command.get_args()),
+    );
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let lines: Vec<&str> = text(&output.stdout).lines().collect();
+    let [z, x, token_of_z, token_of_x, owner_of_z, owner_of_x, single] = lines[..] else {
+        panic!("{lines:?}")
+    };
+    assert_eq!((z, x, single), ("z", "x", "none none none"));
+    assert_ne!(token_of_z.parse::<u64>().unwrap(), token_of_x.parse::<u64>().unwrap());
+    assert!(
+        [owner_of_z, owner_of_x].iter().all(|owner| leasehold::ClaimId::parse(owner).is_some()),
+        "{lines:?}"
+    );
+    let shown: serde_json::Value =
+        serde_json::from_slice(&place.run(["show", "--json", "z"]).stdout).unwrap();
+    assert_eq!((shown["held"].as_bool(), place.is_free()), (Some(false), true));
+}
+
+#[test]
+fn one_lost_lock_of_several_stops_the_command() {
+    let place = Place::new();
+    let mut command = place.leasehold(["run", "--ttl", "3s", "--status-fd", "2", "a", "x", "z", "-c"]);
+    command.arg("echo ready; exec sleep 1000").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let running = Running::start(command);
+    place.steal();
+    let (code, _, stderr) = running.end();
+    assert_eq!(code, Some(123), "{stderr}");
+    assert!(stderr.contains("the lock x is lost"), "{stderr}");
+    let told =
+        |event: &str| stderr.lines().filter(|line| line.contains(&format!("\"event\":\"{event}\""))).count();
+    assert_eq!((told("acquired"), told("lost"), told("released")), (3, 1, 3), "{stderr}");
+    assert!(stderr.contains("\"name\":\"x\",\"names\":[\"a\",\"x\",\"z\"]"), "{stderr}");
+    for name in ["a", "z"] {
+        let shown: serde_json::Value =
+            serde_json::from_slice(&place.run(["show", "--json", name]).stdout).unwrap();
+        assert_eq!(shown["held"], false, "{name}");
+    }
 }
 
 #[test]

@@ -123,7 +123,12 @@ pub(crate) struct Orders {
 pub(crate) struct Guarded(Infallible);
 
 impl Guarded {
-    pub(crate) fn start(_: &Orders, _: &[(&str, OsString)], (): (), _: Option<&File>) -> io::Result<Self> {
+    pub(crate) fn start(
+        _: &Orders,
+        _: &[(&str, Option<OsString>)],
+        (): (),
+        _: Option<&File>,
+    ) -> io::Result<Self> {
         Err(unsupported())
     }
 

@@ -129,7 +129,7 @@ fn after(family: &Family, runner: Ended, plan: &RunPlan) -> u8 {
     };
     eprintln!(
         "leasehold: the process that held the lock {} was ended by signal {number}; stopping the command",
-        plan.name
+        crate::plan::title(&plan.names)
     );
     let patience = clock::now().plus(plan.leash.kill_after).plus(plan.leash.margin).plus(plan.leash.linger);
     while plan.leash.on_lost == crate::plan::OnLost::Ignore || clock::now() < patience {

@@ -27,7 +27,7 @@ impl Guarded {
     /// Starts a guardian with its orders. It and the command inherit `lifeline`.
     pub(crate) fn start(
         orders: &Orders,
-        environment: &[(&str, OsString)],
+        environment: &[(&str, Option<OsString>)],
         stdin: OwnedFd,
         lifeline: Option<&File>,
     ) -> io::Result<Self> {
@@ -37,7 +37,12 @@ impl Guarded {
         drop(stdin);
         let mut command = Command::new(super::SELF);
         command.arg0(super::GUARDIAN).args(orders.arguments());
-        command.envs(environment.iter().map(|(name, value)| (name, value)));
+        for (name, value) in environment {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
         command.stdin(Stdio::from(there)).process_group(0);
         // This copy is the one descriptor of ours that a child keeps.
         let inherited = lifeline.map(rustix::io::dup).transpose()?;
