@@ -623,7 +623,7 @@ pub async fn a_dead_waiter_delays_nobody_for_long(store: &dyn Store) {
     for dead in [1, 100] {
         let name = fresh("dead-waiter");
         let short = store.guarantees().least_ttl.max(Duration::from_millis(100));
-        let holder = claim(&name, short);
+        let holder = claim(&name, TTL);
         let grant = granted(store, &holder).await;
         for number in 0..dead {
             // It asks to wait, or is told that it is busy, and is never heard of again.

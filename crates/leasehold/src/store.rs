@@ -131,6 +131,14 @@ pub trait Store: Debug + Send + Sync + 'static {
     fn lifeline(&self) -> Option<Arc<File>>;
 }
 
+const DRIFT_PART: u32 = 100;
+const DRIFT_LEAST: Duration = Duration::from_millis(2);
+
+/// How much of a TTL is not trusted: 1 % for clocks that run at different speeds, and 2 ms for their grain.
+pub(crate) fn drift(ttl: Duration) -> Duration {
+    (ttl / DRIFT_PART).saturating_add(DRIFT_LEAST)
+}
+
 /// Refuses a TTL outside of what a store takes, before any I/O.
 ///
 /// # Errors

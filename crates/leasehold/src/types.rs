@@ -479,6 +479,13 @@ impl Ticket {
         self
     }
 
+    /// The same place, with so many before it as that one, behind that one's holder.
+    #[must_use]
+    pub(crate) fn with_news_of(mut self, other: &Self) -> Self {
+        (self.ahead, self.holder) = (other.ahead, other.holder.clone());
+        self
+    }
+
     /// How many waiters were ahead when the store last said: 0 is the next in line. `None` if the store does not say.
     pub fn ahead(&self) -> Option<u64> {
         self.ahead

@@ -12,6 +12,7 @@ use crate::keeper::{Bench, DEFAULT_CLOSE_TIMEOUT};
 use crate::locks::Locks;
 use crate::store::Store;
 use crate::stores::memory::MemoryStore;
+use crate::stores::quorum::{NodeSource, Opening, QuorumStore};
 #[cfg(feature = "redis")]
 use crate::stores::redis::{RedisConfig, RedisStore};
 #[cfg(feature = "sqlite")]
@@ -24,6 +25,7 @@ use crate::types::{Fencing, Finding, Severity};
 /// |---|---|
 /// | `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `redis+unix:///path` | Redis or Valkey, one server |
 /// | `sqlite:/path/to/file.db`, `sqlite:` (a file in the home directory) | embedded, for the processes of one machine |
+/// | `quorum:?node=URL&node=URL&node=URL` | one lock over three or more independent stores, of which a minority may fail |
 /// | `memory:` | a new one in this process, for tests |
 ///
 /// `valkey://` and `valkeys://` are the same as `redis://` and `rediss://`. Each store's page in `docs/` lists its options.
@@ -118,8 +120,10 @@ impl std::fmt::Debug for Connector {
 }
 
 /// A store that a URL names, recognised and not yet opened.
+#[derive(Clone)]
 enum Place {
     Memory,
+    Quorum(Vec<Place>),
     #[cfg(feature = "sqlite")]
     Sqlite(PathBuf),
     #[cfg(feature = "redis")]
@@ -135,6 +139,7 @@ impl Place {
         match scheme.to_ascii_lowercase().as_str() {
             "memory" if rest.is_empty() => Ok(Self::Memory),
             "memory" => Err(Error::invalid("memory: takes nothing after the colon")),
+            "quorum" => nodes("quorum", rest).map(Self::Quorum),
             #[cfg(feature = "sqlite")]
             "sqlite" => sqlite_path(rest).map(Self::Sqlite),
             #[cfg(feature = "redis")]
@@ -148,35 +153,72 @@ impl Place {
                 Err(not_built_in(scheme))
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
-                .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite: and memory:")),
+                .advise(
+                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite:, quorum: and memory:",
+                )),
         }
     }
 
-    #[cfg_attr(
-        not(feature = "redis"),
-        expect(unused_variables, clippy::unused_async, reason = "Redis needs both")
-    )]
-    async fn open(self, runtime: &Handle) -> Result<Arc<dyn Store>> {
+    /// Opens it, with what it needs to live on `runtime`.
+    fn open(self, runtime: &Handle) -> Opening {
+        let runtime = runtime.clone();
+        // Boxed, since a store may be made of others.
+        Box::pin(async move {
+            match self {
+                Self::Memory => Ok(Arc::new(MemoryStore::new()) as Arc<dyn Store>),
+                Self::Quorum(places) => {
+                    let nodes = places.into_iter().map(|place| place.into_node(&runtime)).collect();
+                    Ok(QuorumStore::connect(nodes, runtime).await? as Arc<dyn Store>)
+                }
+                #[cfg(feature = "sqlite")]
+                Self::Sqlite(path) => {
+                    Ok(Arc::new(SqliteStore::open(&path, &sqlite::Options::default())?) as Arc<dyn Store>)
+                }
+                #[cfg(feature = "redis")]
+                Self::Redis(config) => Ok(RedisStore::connect(*config, runtime).await? as Arc<dyn Store>),
+            }
+        })
+    }
+
+    /// Where it is, without secrets.
+    fn location(&self) -> Arc<str> {
         match self {
-            Self::Memory => Ok(Arc::new(MemoryStore::new())),
+            Self::Memory => Arc::from("memory:"),
+            Self::Quorum(places) => {
+                let nodes: Vec<String> =
+                    places.iter().map(|place| format!("node={}", place.location())).collect();
+                format!("quorum:?{}", nodes.join("&")).into()
+            }
             #[cfg(feature = "sqlite")]
-            Self::Sqlite(path) => Ok(Arc::new(SqliteStore::open(&path, &sqlite::Options::default())?)),
+            Self::Sqlite(path) => format!("sqlite:{}", path.display()).into(),
             #[cfg(feature = "redis")]
-            Self::Redis(config) => Ok(RedisStore::connect(*config, runtime.clone()).await?),
+            Self::Redis(config) => config.location(),
         }
+    }
+
+    /// A node of a store made of several: opened when it can be reached.
+    fn into_node(self, runtime: &Handle) -> NodeSource {
+        let runtime = runtime.clone();
+        NodeSource::new(self.location(), move || self.clone().open(&runtime))
     }
 }
 
 /// The stores that `scheme:?node=URL&node=URL` names. A `?`, `&`, `#` or `%` within a node's URL is percent-encoded.
 fn nodes(scheme: &str, rest: &str) -> Result<Vec<Place>> {
-    let form = || format!("{scheme}:?node=redis://a:6379&node=redis://b:6379, with ? & # and % in a node's URL percent-encoded");
+    let form = || {
+        format!(
+            "{scheme}:?node=redis://a:6379&node=redis://b:6379, with ? & # and % in a node's URL percent-encoded"
+        )
+    };
     let query = rest
         .strip_prefix('?')
         .ok_or_else(|| Error::invalid(format!("{scheme}: names its nodes in parameters")).advise(form()))?;
     let mut nodes = Vec::new();
     for (key, node) in url::form_urlencoded::parse(query.replace('+', "%2B").as_bytes()) {
         if key != "node" {
-            return Err(Error::invalid(format!("{scheme}: has a parameter that is not a node")).advise(form()));
+            return Err(
+                Error::invalid(format!("{scheme}: has a parameter that is not a node")).advise(form())
+            );
         }
         nodes.push(Place::parse(&node)?);
     }
