@@ -119,6 +119,10 @@ impl Run<'_> {
         }
         let in_time = is_decided(&self.tally);
         self.tally.close(in_time);
+        // What is set aside was asked only because it is needed: it counts as silent, not as not waited for.
+        for index in asked.iter().filter(|index| !shared.nodes[**index].is_in_service()) {
+            self.tally.silence(*index);
+        }
     }
 
     /// Granted by a majority: has the nodes agree on a token. `None` if they would not.

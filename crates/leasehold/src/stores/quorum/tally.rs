@@ -60,6 +60,13 @@ impl Tally {
         }
     }
 
+    /// A node that was not waited for would not have answered.
+    pub(super) fn silence(&mut self, index: usize) {
+        if matches!(self.outcomes[index], Outcome::Unheard) {
+            self.outcomes[index] = Outcome::Late;
+        }
+    }
+
     fn count(&self, is: impl Fn(&Outcome) -> bool) -> usize {
         self.outcomes.iter().filter(|outcome| is(outcome)).count()
     }
