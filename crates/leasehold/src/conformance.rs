@@ -277,6 +277,54 @@ pub async fn tokens_grow(store: &dyn Store) {
         free_by(store, &other, free_again(&store.guarantees(), short)).await;
     }
     tokens_in_a_block(store).await;
+    tokens_that_are_proposed(store).await;
+}
+
+/// A token that a claim proposes is taken if it is larger than the last one and not far ahead of the clock; whoever holds
+/// raises its own token so, and nothing lowers one.
+async fn tokens_that_are_proposed(store: &dyn Store) {
+    let name = fresh("proposed");
+    let mut last = granted(store, &claim(&name, TTL)).await.token;
+    let name = fresh("proposed-anew");
+    let minute = 60_000_000;
+    // Nobody had it yet; then with a last token before it.
+    for _ in 0..2 {
+        let mine = claim(&name, TTL).with_ballot(FencingToken::new(last.get() + minute));
+        let grant = granted(store, &mine).await;
+        assert_eq!(Some(grant.token), mine.ballot, "a larger token was proposed and not taken");
+        let again = granted(store, &mine).await;
+        assert_eq!(again.token, grant.token, "the same proposal again changes nothing");
+        let raised = mine.clone().with_ballot(FencingToken::new(grant.token.get() + 7));
+        let raised = granted(store, &raised).await;
+        assert_eq!(raised.token.get(), grant.token.get() + 7, "the holder's token was not raised");
+        assert!(raised.ttl <= TTL, "raising must not add time");
+        let held = Held::new(&mine, &raised);
+        assert_eq!(renewed(store, &Held::new(&mine, &grant)).await, Renewal::Lost, "the old token's hold");
+        assert!(matches!(renewed(store, &held).await, Renewal::Renewed(_)));
+        for refused in [grant.token.get(), raised.token.get() + 7200 * 1_000_000] {
+            let stays = granted(store, &mine.clone().with_ballot(FencingToken::new(refused))).await;
+            assert_eq!(stays.token, raised.token, "{refused} was proposed");
+        }
+        let holder = refused(store, &claim(&name, TTL)).await;
+        assert!(holder.is_none_or(|holder| holder.token == Some(raised.token)));
+        assert_eq!(released(store, &held).await, Released::Released);
+        last = raised.token;
+    }
+    // One that is not larger, or far ahead, is passed over; so is one that leaves no room for a block.
+    for proposed in [1, last.get(), last.get() + 7200 * 1_000_000, FencingToken::MAX] {
+        let mine = claim(&name, TTL).with_ballot(FencingToken::new(proposed));
+        let grant = granted(store, &mine).await;
+        assert!(grant.token > last && grant.token.get() < last.get() + minute, "{proposed}: {}", grant.token);
+        assert_eq!(released(store, &Held::new(&mine, &grant)).await, Released::Released);
+        last = grant.token;
+    }
+    let block = claim(&name, TTL).with_tokens(10).with_ballot(FencingToken::new(last.get() + 100));
+    let first = granted(store, &block).await;
+    assert_eq!(Some(first.token), block.ballot);
+    let raised = granted(store, &block.clone().with_ballot(FencingToken::new(first.token.get() + 100))).await;
+    assert_eq!(released(store, &Held::new(&block, &raised)).await, Released::Released);
+    let next = granted(store, &claim(&name, TTL)).await;
+    assert!(next.token.get() >= first.token.get() + 110, "{} within a raised block", next.token);
 }
 
 /// A claim that is not to queue neither waits nor joins a queue.
@@ -577,7 +625,7 @@ pub async fn a_dead_waiter_delays_nobody_for_long(store: &dyn Store) {
     for dead in [1, 100] {
         let name = fresh("dead-waiter");
         let short = store.guarantees().least_ttl.max(Duration::from_millis(100));
-        let holder = claim(&name, short);
+        let holder = claim(&name, TTL);
         let grant = granted(store, &holder).await;
         for number in 0..dead {
             // It asks to wait, or is told that it is busy, and is never heard of again.

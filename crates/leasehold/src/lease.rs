@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use crate::clock::{Instant, Now};
+pub(crate) use crate::store::drift;
 use crate::types::Renewal;
 
 /// How often a lease is renewed within its TTL.
@@ -18,16 +19,9 @@ pub const DEFAULT_TTL: Duration = Duration::from_secs(30);
 
 /// A lock is passed on within the process while more than this part of its TTL is left: a third.
 const LEAST_PART_PASSED: u32 = 3;
-const DRIFT_PART: u32 = 100;
-const DRIFT_LEAST: Duration = Duration::from_millis(2);
 
 // Fewer would leave no room to retry a renewal inside the lease.
 const _: () = assert!(RENEWALS_PER_TTL >= 3);
-
-/// How much of a TTL is not trusted: 1 % for clocks that run at different speeds, and 2 ms for their grain.
-pub(crate) fn drift(ttl: Duration) -> Duration {
-    (ttl / DRIFT_PART).saturating_add(DRIFT_LEAST)
-}
 
 /// Until when a lease can be trusted that was answered with `ttl` to a request sent at `sent_at`.
 pub(crate) fn valid_until(sent_at: Instant, ttl: Duration) -> Instant {

@@ -9,7 +9,8 @@
 //! 5. An unrenewed claim is free within its TTL and the store's slack; a waiter gets it then without any message.
 //! 6. Renewing after a loss says `Lost`, also if the same claim was granted anew. It never re-creates anything, and
 //!    renewing never shortens a lease.
-//! 7. Each grant of a name has a larger token than every earlier one, as far as [`Guarantees::fencing`] says.
+//! 7. Each grant of a name has a larger token than every earlier one, as far as [`Guarantees::fencing`] says; one that the
+//!    claim proposes ([`Claim::ballot`]) if it is larger than the last and not far ahead of the store's clock.
 //! 8. FIFO stores grant in the order of arrival; a claim that is not to queue neither waits nor joins the queue.
 //! 9. A cancelled acquire leaves neither a hold nor a place in the queue.
 //! 10. A lost reply is `Unknown`, not a failure: presenting again resolves it, or release frees the lock; a request that
@@ -135,6 +136,14 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// The file whose kernel lock says that this process lives, where the store goes by that. A child that inherits it
     /// keeps the process's locks from passing on early.
     fn lifeline(&self) -> Option<Arc<File>>;
+}
+
+const DRIFT_PART: u32 = 100;
+const DRIFT_LEAST: Duration = Duration::from_millis(2);
+
+/// How much of a TTL is not trusted: 1 % for clocks that run at different speeds, and 2 ms for their grain.
+pub(crate) fn drift(ttl: Duration) -> Duration {
+    (ttl / DRIFT_PART).saturating_add(DRIFT_LEAST)
 }
 
 /// Refuses a TTL outside of what a store takes, before any I/O.

@@ -251,6 +251,10 @@ pub struct Claim {
     /// How many fencing tokens the grant takes: its own and the ones after it, for holders that pass the lock on among
     /// themselves. At least one.
     pub tokens: u32,
+    /// The token that the claim proposes, where one lock is kept by several stores that are to agree on it: taken if it is
+    /// larger than the last one ([`ballot_over`]), else the store's own rule goes. A store that holds for this claim already raises the
+    /// grant's token to it, under the same condition.
+    pub ballot: Option<FencingToken>,
     /// What the claim is bound to.
     pub binding: Binding,
     /// The encoded [`Record`].
@@ -268,6 +272,7 @@ impl Claim {
             queue: false,
             queue_limit: None,
             tokens: 1,
+            ballot: None,
             binding: Binding::Process,
             record: Arc::from("{}"),
         }
@@ -301,12 +306,33 @@ impl Claim {
         self
     }
 
+    /// The same claim, proposing this token.
+    #[must_use]
+    pub fn with_ballot(mut self, ballot: FencingToken) -> Self {
+        self.ballot = Some(ballot);
+        self
+    }
+
     /// The same claim, bound otherwise.
     #[must_use]
     pub fn with_binding(mut self, binding: Binding) -> Self {
         self.binding = binding;
         self
     }
+}
+
+/// How far ahead of a store's own wall clock a proposed token may be: else a client whose clock is wrong could use all
+/// tokens up.
+pub const BALLOT_AHEAD: Duration = Duration::from_secs(3600);
+
+/// The token that a claim proposes, if a store whose last token is `last` and whose wall clock shows `wall` takes it: it is
+/// larger than the last one, not more than an hour ahead, and leaves room for the tokens that the claim takes.
+pub fn ballot_over(claim: &Claim, last: u64, wall: Duration) -> Option<FencingToken> {
+    let ballot = claim.ballot?;
+    let latest = u64::try_from(wall.saturating_add(BALLOT_AHEAD).as_micros()).unwrap_or(u64::MAX);
+    let spare = u64::from(claim.tokens.max(1)) - 1;
+    let fits = ballot.get() <= latest && ballot.get().saturating_add(spare) <= FencingToken::MAX;
+    (ballot.get() > last && fits).then_some(ballot)
 }
 
 /// A lock as granted by a store.
@@ -458,6 +484,13 @@ impl Ticket {
     #[must_use]
     pub fn with_holder(mut self, holder: Option<Holder>) -> Self {
         self.holder = holder;
+        self
+    }
+
+    /// The same place, with so many before it as that one, behind that one's holder.
+    #[must_use]
+    pub(crate) fn with_news_of(mut self, other: &Self) -> Self {
+        (self.ahead, self.holder) = (other.ahead, other.holder.clone());
         self
     }
 

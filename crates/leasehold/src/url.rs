@@ -2,7 +2,6 @@
 
 #[cfg(feature = "sqlite")]
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use crate::keeper::{Bench, DEFAULT_CLOSE_TIMEOUT};
 use crate::locks::Locks;
 use crate::store::Store;
 use crate::stores::memory::MemoryStore;
+use crate::stores::quorum::{NodeSource, Opening, QuorumStore};
 #[cfg(feature = "redis")]
 use crate::stores::redis::{RedisConfig, RedisStore};
 use crate::stores::ring::{Node, RingStore};
@@ -28,6 +28,7 @@ use crate::types::{Fencing, Finding, Severity};
 /// | `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `redis+unix:///path` | Redis or Valkey, one server |
 /// | `sqlite:/path/to/file.db`, `sqlite:` (a file in the home directory) | embedded, for the processes of one machine |
 /// | `ring:?node=URL&node=URL` | each name on one of several, for load: see `docs/ring.md` |
+/// | `quorum:?node=URL&node=URL&node=URL` | one lock over three or more independent stores, of which a minority may fail |
 /// | `memory:` | a new one in this process, for tests |
 ///
 /// `valkey://` and `valkeys://` are the same as `redis://` and `rediss://`. Each store's page in `docs/` lists its options.
@@ -122,9 +123,11 @@ impl std::fmt::Debug for Connector {
 }
 
 /// A store that a URL names, recognised and not yet opened.
+#[derive(Clone)]
 enum Place {
     Memory,
     Ring(Vec<(Place, Member)>),
+    Quorum(Vec<Place>),
     #[cfg(feature = "sqlite")]
     Sqlite(PathBuf),
     #[cfg(feature = "redis")]
@@ -141,6 +144,7 @@ impl Place {
             "memory" if rest.is_empty() => Ok(Self::Memory),
             "memory" => Err(Error::invalid("memory: takes nothing after the colon")),
             "ring" => ring(rest).map(Self::Ring),
+            "quorum" => nodes("quorum", rest).map(Self::Quorum),
             #[cfg(feature = "sqlite")]
             "sqlite" => sqlite_path(rest).map(Self::Sqlite),
             #[cfg(feature = "redis")]
@@ -155,20 +159,50 @@ impl Place {
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
                 .advise(
-                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite:, ring: and memory:",
+                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite:, ring:, quorum: and memory:",
                 )),
         }
     }
 
-    async fn open(self, runtime: &Handle) -> Result<Arc<dyn Store>> {
+    /// Opens it, with what it needs to live on `runtime`.
+    fn open(self, runtime: &Handle) -> Opening {
+        let runtime = runtime.clone();
+        // Boxed, since a store may be made of others.
+        Box::pin(async move {
+            match self {
+                Self::Memory => Ok(Arc::new(MemoryStore::new()) as Arc<dyn Store>),
+                Self::Ring(members) => open_ring(members, &runtime).await,
+                Self::Quorum(places) => {
+                    let nodes = places.into_iter().map(|place| place.into_node(&runtime)).collect();
+                    Ok(QuorumStore::connect(nodes, runtime).await? as Arc<dyn Store>)
+                }
+                #[cfg(feature = "sqlite")]
+                Self::Sqlite(path) => {
+                    Ok(Arc::new(SqliteStore::open(&path, &sqlite::Options::default())?) as Arc<dyn Store>)
+                }
+                #[cfg(feature = "redis")]
+                Self::Redis(config) => Ok(RedisStore::connect(*config, runtime).await? as Arc<dyn Store>),
+            }
+        })
+    }
+
+    /// Where it is, without secrets.
+    fn location(&self) -> Arc<str> {
         match self {
-            Self::Memory => Ok(Arc::new(MemoryStore::new())),
-            Self::Ring(members) => open_ring(members, runtime).await,
+            Self::Memory => Arc::from("memory:"),
+            Self::Ring(members) => location_of("ring", members.iter().map(|(place, _)| place)),
+            Self::Quorum(places) => location_of("quorum", places.iter()),
             #[cfg(feature = "sqlite")]
-            Self::Sqlite(path) => Ok(Arc::new(SqliteStore::open(&path, &sqlite::Options::default())?)),
+            Self::Sqlite(path) => format!("sqlite:{}", path.display()).into(),
             #[cfg(feature = "redis")]
-            Self::Redis(config) => Ok(RedisStore::connect(*config, runtime.clone()).await?),
+            Self::Redis(config) => config.location(),
         }
+    }
+
+    /// A node of a store made of several: opened when it can be reached.
+    fn into_node(self, runtime: &Handle) -> NodeSource {
+        let runtime = runtime.clone();
+        NodeSource::new(self.location(), move || self.clone().open(&runtime))
     }
 }
 
@@ -217,24 +251,25 @@ fn ring(rest: &str) -> Result<Vec<(Place, Member)>> {
     Ok(members)
 }
 
-/// An opening that may contain others.
-type Opening<'a> = Pin<Box<dyn Future<Output = Result<Arc<dyn Store>>> + Send + 'a>>;
-
 /// Connects to all nodes at once; one that cannot be reached is an error.
-fn open_ring(members: Vec<(Place, Member)>, runtime: &Handle) -> Opening<'_> {
-    Box::pin(async move {
-        let opened = join_all(members.into_iter().map(|(place, member)| async move {
-            let store = place.open(runtime).await.map_err(|error| match error.kind() {
-                ErrorKind::Unavailable => {
-                    error.advise("a ring connects when all of its nodes answer: see docs/ring.md")
-                }
-                _ => error,
-            });
-            store.map(|store| member(Node::new(store)))
-        }));
-        let nodes = opened.await.into_iter().collect::<Result<Vec<_>>>()?;
-        Ok(Arc::new(RingStore::new(nodes)?) as Arc<dyn Store>)
-    })
+async fn open_ring(members: Vec<(Place, Member)>, runtime: &Handle) -> Result<Arc<dyn Store>> {
+    let opened = join_all(members.into_iter().map(|(place, member)| async move {
+        let store = place.open(runtime).await.map_err(|error| match error.kind() {
+            ErrorKind::Unavailable => {
+                error.advise("a ring connects when all of its nodes answer: see docs/ring.md")
+            }
+            _ => error,
+        });
+        store.map(|store| member(Node::new(store)))
+    }));
+    let nodes = opened.await.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(Arc::new(RingStore::new(nodes)?))
+}
+
+/// Where a store made of others is, without secrets.
+fn location_of<'a>(scheme: &str, nodes: impl Iterator<Item = &'a Place>) -> Arc<str> {
+    let nodes: Vec<String> = nodes.map(|place| format!("node={}", place.location())).collect();
+    format!("{scheme}:?{}", nodes.join("&")).into()
 }
 
 #[cfg(not(all(feature = "redis", feature = "sqlite")))]

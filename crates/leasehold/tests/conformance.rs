@@ -6,6 +6,7 @@ use leasehold::Locks;
 use leasehold::conformance::CLAUSES;
 use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
+use leasehold::stores::quorum::{NodeSource, QuorumStore};
 use leasehold::stores::redis::{RedisConfig, RedisStore};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
@@ -80,6 +81,25 @@ async fn moving() -> (Vec<RedisServer>, Arc<dyn Store>) {
     ring_of(&[Node::removing, Node::adding]).await
 }
 
+/// A quorum over so many servers, of which the first `dead` are killed after it was connected.
+async fn quorum(nodes: usize, dead: usize) -> (Vec<RedisServer>, Arc<dyn Store>) {
+    let mut servers: Vec<RedisServer> = (0..nodes).map(|_| RedisServer::start()).collect();
+    let runtime = tokio::runtime::Handle::current();
+    let node = |server: &RedisServer| {
+        let (url, runtime) = (server.url(), runtime.clone());
+        NodeSource::new(server.url(), move || {
+            let (config, runtime) = (RedisConfig::from_url(&url).expect("a URL of ours"), runtime.clone());
+            Box::pin(async move { Ok(RedisStore::connect(config, runtime).await? as Arc<dyn Store>) })
+        })
+    };
+    let store = QuorumStore::connect(servers.iter().map(node).collect(), runtime.clone()).await;
+    servers[..dead].iter_mut().for_each(RedisServer::kill9);
+    (servers, store.expect("they run"))
+}
+
+suite!(quorum, quorum(5, 0));
+suite!(quorum_with_a_dead_node, quorum(5, 1));
+suite!(quorum_of_four, quorum(4, 0));
 suite!(memory, memory());
 suite!(redis, redis());
 suite!(sqlite, sqlite());

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{HAND_OFF_TTL, Store, Woken, alive_for, check_ttl};
 use crate::types::{
     Acquired, Claim, ClaimId, Fencing, FencingToken, Finding, Grant, Guarantees, Held, Holder, LockView,
-    Name, Page, Persistence, Query, Record, Released, Renewal, Severity, Ticket, Waiter,
+    Name, Page, Persistence, Query, Record, Released, Renewal, Severity, Ticket, Waiter, ballot_over,
 };
 
 /// A verb of the store, to aim a fault at.
@@ -196,6 +196,12 @@ impl State {
         let now = clock::look();
         self.gone.retain(|_, until| *until > now.boot);
         self.advance(&claim.name, Some(claim), now);
+        let last = self.locks.get(&claim.name).map_or(0, |entry| entry.last_token);
+        if self.live(&claim.name).is_some_and(|hold| hold.id == claim.id)
+            && let Some(ballot) = ballot_over(claim, last, now.wall)
+        {
+            self.raise(claim, ballot);
+        }
         if let Some(hold) = self.live(&claim.name) {
             if hold.id == claim.id {
                 let ttl = hold.until.since(now.boot);
@@ -206,6 +212,15 @@ impl State {
         }
         self.refuse_the_gone(claim)?;
         Ok(Acquired::Granted(self.grant(claim, claim.ttl, now)))
+    }
+
+    /// Makes what the claim proposes the token of its hold.
+    fn raise(&mut self, claim: &Claim, ballot: FencingToken) {
+        let Some(entry) = self.locks.get_mut(&claim.name) else { return };
+        entry.last_token = ballot.get() + u64::from(claim.tokens.max(1)) - 1;
+        if let Some(hold) = &mut entry.hold {
+            hold.token = ballot;
+        }
     }
 
     fn refuse_the_gone(&self, claim: &Claim) -> Result<()> {
@@ -220,7 +235,8 @@ impl State {
         let ttl = self.granted(ttl);
         let entry = self.locks.entry(claim.name.clone()).or_default();
         let micros = u64::try_from(clock::wall().as_micros()).unwrap_or(FencingToken::MAX);
-        let first = (entry.last_token + 1).max(micros).min(FencingToken::MAX);
+        let usual = (entry.last_token + 1).max(micros).min(FencingToken::MAX);
+        let first = ballot_over(claim, entry.last_token, clock::wall()).map_or(usual, FencingToken::get);
         entry.last_token = (first + u64::from(claim.tokens.max(1)) - 1).min(FencingToken::MAX);
         let token = FencingToken::new(first);
         let (until, since) = (clock::now().plus(ttl), clock::wall());

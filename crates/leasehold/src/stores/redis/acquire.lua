@@ -1,7 +1,8 @@
 -- KEYS: the locks of all claims, then their fences. ARGV: the owner of each claim, then the record of each, the ttl ms of
 -- each and the wish of each; or, if those are the same for all, one record, one ttl and one wish. A wish is empty (no
 -- waiting, one token), or how many tokens, or that and how to wait: process, ms that it counts as alive, attempt, longest line
--- or -, and an a if it may stand in line already.
+-- or -, and an a if it may stand in line already. Right after the number of tokens may stand @ and the token that the claim
+-- proposes: it is taken if it is larger than the last one and not more than an hour ahead.
 -- Answers for each (alone: without a list): the token of a new grant, or {value, remaining ms} of what is there already,
 -- and if it waits in line, {value, remaining ms, how many are ahead, since when in us}; or an error.
 local call, pcall, sub = redis.call, redis.pcall, string.sub
@@ -10,10 +11,34 @@ local time = call('TIME')
 local now, now_text = time[1] * 1000000 + time[2], time[1] .. sub('00000' .. time[2], -6)
 local hour = now - now % 3600000000
 
+-- Makes what the holder proposes the token of its hold. Answers the lock's value, or an error. The fence first: no token is
+-- in use that the fence does not know of; if the rest fails a number is lost and nothing else.
+local function raise(lock, fence, value, ballot, text, tokens)
+  local last = pcall('GET', fence)
+  local digits, marks = string.match(type(last) == 'string' and last or '', '^(%d+)(!?~?%d*)$')
+  local head, old, record = string.match(value, '^(lh1:%x+[:!])(%d+)(:.*)$')
+  if (last and not digits) or not head or tonumber(old) >= ballot then return value end
+  if digits and tonumber(digits) >= ballot then return value end
+  local kept = string.format('%.0f', ballot + tokens - 1) .. (marks or '')
+  local set = digits and pcall('SET', fence, kept, 'KEEPTTL') or pcall('SET', fence, kept, 'NX', 'PX', '90000000')
+  if not set or set.err then return set or redis.error_reply('BADFENCE token') end
+  set = pcall('SET', lock, head .. text .. record, 'KEEPTTL')
+  if set.err then return set end
+  return head .. text .. record
+end
+
 local function take(lock, fence, last, owner, record, ttl, wish)
   local token, text, tail = now, now_text, ''
   local number = type(last) == 'string' and tonumber(last)
-  local value, claim
+  local value, claim, ballot, ballot_text
+  if wish ~= '' then
+    local tokens, rest
+    tokens, ballot_text, rest = string.match(wish, '^(%d+)@(%d+)(.*)$')
+    if tokens then
+      ballot, wish = tonumber(ballot_text), tokens .. rest
+      if not (ballot <= now + 3600000000 and ballot + tokens - 1 <= 9007199254740991) then ballot = nil end
+    end
+  end
   if not number then
     local error
     claim, value = sub(owner, 5, 36), pcall('GET', lock)
@@ -32,6 +57,7 @@ local function take(lock, fence, last, owner, record, ttl, wish)
     token = number + 1
     text = string.format('%.0f', token)
   end
+  if ballot and not (number and number >= ballot) then token, text = ballot, ballot_text end
   local stored, kept_text = token, text
   if wish ~= '' and sub(wish, 1, 2) ~= '1 ' then
     stored = token + tonumber(string.match(wish, '^%d+')) - 1
@@ -47,6 +73,11 @@ local function take(lock, fence, last, owner, record, ttl, wish)
     -- Somebody has it.
     value = value or pcall('GET', lock)
     if type(value) ~= 'string' then return redis.error_reply('WRONGTYPE lock') end
+    if ballot and sub(value, 1, 36) == sub(owner, 1, 36) then
+      -- It has the lock already: what it proposes becomes the token, if that is larger than the last one.
+      value = raise(lock, fence, value, ballot, ballot_text, string.match(wish, '^%d+'))
+      if type(value) == 'table' then return value end
+    end
     local answer = {sub(value, 1, 4300), call('PTTL', lock)}
     if sub(value, 1, 36) ~= sub(owner, 1, 36) and string.find(wish, ' ', 1, true) then
       local ahead, since = line('enqueue', now_text, lock, fence, sub(owner, 5, 36), value, wish, ttl, record)

@@ -374,10 +374,14 @@ fn acquire_job(
     job.push(|out| write!(out, "{ttl}"))?;
     job.push(|out| {
         let tokens = claim.tokens.max(1);
-        let Some((channel, Attempt { number, window, again })) = attempt else {
-            return if tokens > 1 { write!(out, "{tokens}") } else { Ok(()) };
-        };
-        write!(out, "{tokens} {channel} {} {number} ", window.as_millis())?;
+        if tokens > 1 || attempt.is_some() || claim.ballot.is_some() {
+            write!(out, "{tokens}")?;
+        }
+        if let Some(ballot) = claim.ballot {
+            write!(out, "@{ballot}")?;
+        }
+        let Some((channel, Attempt { number, window, again })) = attempt else { return Ok(()) };
+        write!(out, " {channel} {} {number} ", window.as_millis())?;
         match claim.queue_limit {
             Some(limit) => write!(out, "{limit}")?,
             None => out.write_all(b"-")?,

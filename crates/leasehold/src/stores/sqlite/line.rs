@@ -240,6 +240,7 @@ impl Transaction<'_> {
                 ttl,
                 lifeline: place.bound.then_some(place.lifeline),
                 tokens: place.tokens,
+                ballot: None,
                 record: &place.record,
                 line: true,
             };

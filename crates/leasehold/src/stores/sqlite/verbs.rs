@@ -11,6 +11,7 @@ use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{
     Acquired, Binding, Claim, ClaimId, FencingToken, Grant, Held, Holder, Name, Record, Released, Renewal,
+    ballot_over,
 };
 
 /// How long a withdrawn claim is remembered, so that a request still under way creates nothing.
@@ -52,6 +53,8 @@ pub(super) struct Award<'a> {
     /// The process that it is bound to.
     pub(super) lifeline: Option<LifelineId>,
     pub(super) tokens: u32,
+    /// The token that the claim proposes, if it is to be taken.
+    pub(super) ballot: Option<FencingToken>,
     pub(super) record: &'a str,
     /// Whether somebody may stand in line still.
     pub(super) line: bool,
@@ -176,7 +179,8 @@ impl Transaction<'_> {
             if let Some(hold) = self.live(row) {
                 if hold.claim == claim.id {
                     let ttl = hold.remaining(self.now);
-                    return Ok(Acquired::Granted(Grant { token: hold.token, ttl, session: 0 }));
+                    let token = self.raised(claim, row.token)?.unwrap_or(hold.token);
+                    return Ok(Acquired::Granted(Grant { token, ttl, session: 0 }));
                 }
                 let holder = hold.show(self.now);
                 return if claim.queue {
@@ -195,11 +199,22 @@ impl Transaction<'_> {
             ttl: claim.ttl,
             lifeline: self.bound_to(claim.binding),
             tokens: claim.tokens,
+            ballot: ballot_over(claim, lock.as_ref().map_or(0, |lock| lock.token.get()), clock::wall()),
             record: &claim.record,
             line: false,
         };
         let token = self.grant(&claim.name, lock.map(|lock| lock.token), &award)?;
         Ok(Acquired::Granted(Grant { token, ttl: claim.ttl, session: 0 }))
+    }
+
+    /// Makes what the claim proposes the token of its hold, if it is larger than `last`.
+    fn raised(&self, claim: &Claim, last: FencingToken) -> Result<Option<FencingToken>> {
+        let Some(ballot) = ballot_over(claim, last.get(), clock::wall()) else { return Ok(None) };
+        let spare = u64::from(claim.tokens.max(1)) - 1;
+        let sql = "UPDATE locks SET token = ?2, spare = ?3 WHERE name = ?1";
+        let values = (claim.name.as_bytes(), (ballot.get() + spare).cast_signed(), spare.cast_signed());
+        self.run("raise a lock's token", sql, values)?;
+        Ok(Some(ballot))
     }
 
     /// Writes a hold, whatever stood there; gives its first token.
@@ -211,7 +226,7 @@ impl Transaction<'_> {
     ) -> Result<FencingToken> {
         let wall = u64::try_from(clock::wall().as_micros()).unwrap_or(u64::MAX);
         let spare = u64::from(award.tokens.max(1)) - 1;
-        let token = next_token(last, wall, spare).ok_or_else(|| {
+        let token = award.ballot.or_else(|| next_token(last, wall, spare)).ok_or_else(|| {
             Error::new(ErrorKind::Rejected, "the fencing tokens of this lock are used up")
                 .advise("the machine's clock is centuries ahead: set it right, and use another name")
                 .for_name(name)
