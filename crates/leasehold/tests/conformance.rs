@@ -8,7 +8,7 @@ use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
 use leasehold::stores::redis::{RedisConfig, RedisStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
-use leasehold_chaos::servers::RedisServer;
+use leasehold_chaos::servers::{RedisServer, default_program};
 
 /// One test for each clause; the list is compared with `CLAUSES` below.
 macro_rules! suite {
@@ -45,8 +45,8 @@ async fn memory() -> ((), Arc<dyn Store>) {
     ((), Arc::new(MemoryStore::new()))
 }
 
-async fn redis() -> (RedisServer, Arc<dyn Store>) {
-    let server = RedisServer::start();
+async fn redis(program: &str) -> (RedisServer, Arc<dyn Store>) {
+    let server = RedisServer::builder().program(program).start();
     let config = RedisConfig::from_url(&server.url()).expect("a URL of ours");
     let store = RedisStore::connect(config, tokio::runtime::Handle::current()).await.expect("it runs");
     (server, store)
@@ -60,7 +60,10 @@ async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
 }
 
 suite!(memory, memory());
-suite!(redis, redis());
+suite!(redis, redis(&default_program()));
+suite!(redis_8, redis("redis-8"));
+suite!(valkey_8, redis("valkey-8"));
+suite!(valkey_9, redis("valkey-9"));
 suite!(sqlite, sqlite());
 
 #[test]
