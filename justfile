@@ -18,6 +18,10 @@ fix:
 test *FILTER:
     cargo test --workspace --all-features --no-fail-fast -- {{FILTER}}
 
+# The library's tests on another server (valkey-8, redis-8, valkey-9, or a path): `just test-on valkey-9 waiting`.
+test-on SERVER *FILTER:
+    LEASEHOLD_TEST_REDIS_SERVER={{SERVER}} cargo test --package leasehold --all-features --no-fail-fast -- {{FILTER}}
+
 # The store contract, on every store or on one: `just conformance redis`.
 conformance STORE="":
     cargo test --package leasehold --all-features --test 'conformance*' -- {{STORE}}

@@ -14,6 +14,35 @@ use crate::resp::{Client, Reply};
 use crate::wall_clock::WallClock;
 use crate::{PATIENCE, spawn, tls};
 
+/// The servers that `scripts/install-test-tools` unpacks beside the system's, by the names that [`Builder::program`] takes.
+pub const NEWER: [&str; 3] = ["valkey-8", "redis-8", "valkey-9"];
+
+/// The program that tests start as long as they ask for no other: what `LEASEHOLD_TEST_REDIS_SERVER` names, one of [`NEWER`]
+/// or any other as [`Builder::program`] takes it; without that `redis-server`.
+pub fn default_program() -> String {
+    program_named(&std::env::var("LEASEHOLD_TEST_REDIS_SERVER").unwrap_or_else(|_| "redis-server".into()))
+}
+
+/// What to start for a name: of [`NEWER`] the path, else the name itself.
+fn program_named(name: &str) -> String {
+    if !NEWER.contains(&name) {
+        return name.into();
+    }
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/test-tools/servers");
+    tools.join(name).to_string_lossy().into_owned()
+}
+
+/// How to get a program that is missing.
+fn how_to_get(program: &str) -> &'static str {
+    if program.contains("test-tools") {
+        "run scripts/install-test-tools"
+    } else if program.contains("valkey") {
+        "apt-get install -y valkey-server"
+    } else {
+        "apt-get install -y redis-server"
+    }
+}
+
 /// How a server is to be started. Without options: no password, nothing saved, port only.
 #[derive(Clone, Debug)]
 pub struct Builder {
@@ -33,10 +62,10 @@ impl Builder {
         self
     }
 
-    /// Starts another program that takes the same arguments, such as a `valkey-server`.
+    /// Starts another program that takes the same arguments: one of [`NEWER`], or whatever the path or name leads to.
     #[must_use]
-    pub fn program(mut self, program: impl Into<String>) -> Self {
-        self.program = program.into();
+    pub fn program(mut self, program: &str) -> Self {
+        self.program = program_named(program);
         self
     }
 
@@ -148,11 +177,11 @@ impl Output {
 }
 
 impl RedisServer {
-    /// Options for a server.
+    /// Options for a server; its program is [`default_program`].
     #[must_use]
     pub fn builder() -> Builder {
         Builder {
-            program: "redis-server".into(),
+            program: default_program(),
             args: ["--save", "", "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0"]
                 .map(String::from)
                 .into(),
@@ -172,9 +201,10 @@ impl RedisServer {
 
     #[track_caller]
     fn start_with(builder: Builder) -> Self {
-        let package = if builder.program.contains("valkey") { "valkey-server" } else { "redis-server" };
-        for (program, package) in [(builder.program.as_str(), package), ("setpriv", "util-linux")] {
-            assert!(spawn::is_installed(program), "{program} is not installed: apt-get install -y {package}");
+        let program = builder.program.as_str();
+        for (program, help) in [(program, how_to_get(program)), ("setpriv", "apt-get install -y util-linux")]
+        {
+            assert!(spawn::is_installed(program), "{program} is not installed: {help}");
         }
         let folder =
             tempfile::Builder::new().prefix("leasehold-redis-").tempdir().expect("a temporary folder");
@@ -483,6 +513,23 @@ mod tests {
     #[should_panic(expected = "apt-get install -y redis-server")]
     fn a_missing_program_says_how_to_get_it() {
         let _ = RedisServer::builder().program("no-such-server").start();
+    }
+
+    #[test]
+    #[should_panic(expected = "run scripts/install-test-tools")]
+    fn a_missing_newer_server_says_how_to_get_it() {
+        let nowhere = NEWER[0].replace("valkey", "test-tools/valkey");
+        let _ = RedisServer::builder().program(&nowhere).start();
+    }
+
+    #[test]
+    fn the_newer_servers_are_what_they_are_called() {
+        for name in NEWER {
+            let server = RedisServer::builder().program(name).start();
+            let info = server.cli(&["INFO", "server"]);
+            let (kind, major) = name.split_once('-').unwrap();
+            assert!(info.contains(&format!("{kind}_version:{major}.")), "{name}: {info}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use leasehold::stores::quorum::{NodeSource, QuorumStore};
 use leasehold::stores::redis::{RedisConfig, RedisStore};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
-use leasehold_chaos::servers::RedisServer;
+use leasehold_chaos::servers::{RedisServer, default_program};
 
 /// One test for each clause; the list is compared with `CLAUSES` below.
 macro_rules! suite {
@@ -47,8 +47,8 @@ async fn memory() -> ((), Arc<dyn Store>) {
     ((), Arc::new(MemoryStore::new()))
 }
 
-async fn redis() -> (RedisServer, Arc<dyn Store>) {
-    let server = RedisServer::start();
+async fn redis(program: &str) -> (RedisServer, Arc<dyn Store>) {
+    let server = RedisServer::builder().program(program).start();
     let config = RedisConfig::from_url(&server.url()).expect("a URL of ours");
     let store = RedisStore::connect(config, tokio::runtime::Handle::current()).await.expect("it runs");
     (server, store)
@@ -101,7 +101,10 @@ suite!(quorum, quorum(5, 0));
 suite!(quorum_with_a_dead_node, quorum(5, 1));
 suite!(quorum_of_four, quorum(4, 0));
 suite!(memory, memory());
-suite!(redis, redis());
+suite!(redis, redis(&default_program()));
+suite!(redis_8, redis("redis-8"));
+suite!(valkey_8, redis("valkey-8"));
+suite!(valkey_9, redis("valkey-9"));
 suite!(sqlite, sqlite());
 suite!(ring, ring());
 suite!(ring_that_changes, moving());

@@ -13,9 +13,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use leasehold::stores::redis::{RedisConfig, RedisStore};
+use leasehold_chaos::servers::default_program;
 use tempfile::TempDir;
 
-/// A redis-server of this test's own.
+/// A server of this test's own.
 pub struct Server {
     pub port: u16,
     pub folder: Arc<TempDir>,
@@ -37,14 +38,14 @@ impl Server {
     pub fn start_until(sign: &str, folder: &Arc<TempDir>, arguments: &[&str]) -> Self {
         for _ in 0..5 {
             let port = free_port();
-            let mut command = Command::new("redis-server");
+            let mut command = Command::new(default_program());
             command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"]);
             command.arg(folder.path()).args(arguments);
             if let Some(child) = start(command, sign) {
                 return Self { port, folder: folder.clone(), child };
             }
         }
-        panic!("redis-server did not start: its log is above");
+        panic!("{} did not start: its log is above", default_program());
     }
 
     pub fn url(&self) -> String {
@@ -80,11 +81,11 @@ impl Server {
     /// Kills it and starts it anew on the same port and in the same folder.
     pub fn restart(&mut self, arguments: &[&str]) {
         self.kill();
-        let mut command = Command::new("redis-server");
+        let mut command = Command::new(default_program());
         command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", "", "--dir"]);
         command.arg(self.folder.path()).args(arguments);
         self.child =
-            start(command, "eady to accept connections").expect("redis-server starts again on its port");
+            start(command, "eady to accept connections").expect("the server starts again on its port");
     }
 }
 
@@ -101,7 +102,7 @@ fn start(mut command: Command, sign: &str) -> Option<Child> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
-        .expect("redis-server is needed: apt-get install redis-server");
+        .expect("a server is needed: run scripts/install-test-tools");
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
     let mut log = Vec::new();
     let is_up = lines.by_ref().any(|line| {

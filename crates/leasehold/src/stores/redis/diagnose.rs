@@ -49,6 +49,7 @@ impl RedisStore {
         findings.push(self.clock(&link).await?);
         findings.push(self.round_trip(&link).await?);
         findings.extend(self.rights(&link).await?);
+        findings.push(self.extras(&link).await?);
         Ok(findings)
     }
 
@@ -58,6 +59,30 @@ impl RedisStore {
         let answer = self.connector.send(link, &question, self.deadline(None)).await?;
         let user = reply::text(&answer).or_else(|| self.username.clone()).unwrap_or_else(|| "default".into());
         Ok(Finding::new("login", Severity::Good, format!("user {user}"), "the server took the login"))
+    }
+
+    /// Which commands it has that not every server has: they are asked for, for a version says little across the families.
+    async fn extras(&self, link: &Arc<Link>) -> Result<Finding> {
+        let mut question = redis::cmd("COMMAND");
+        question.arg("INFO").arg(&EXTRAS[..]);
+        let answer = self.connector.send(link, &question, self.deadline(None)).await?;
+        let mut found: Vec<_> = known(&answer).into_iter().map(str::to_owned).collect();
+        let (found, meaning) = match &answer {
+            Value::Array(_) => {
+                if link.can_push() {
+                    found.insert(0, "messages on the command connection (RESP3)".into());
+                }
+                (
+                    if found.is_empty() { "none".into() } else { found.join(", ") },
+                    "no lock needs any of these commands",
+                )
+            }
+            _ => (
+                "the server would not tell".into(),
+                "grant COMMAND INFO to see which; no lock needs any of these commands",
+            ),
+        };
+        Ok(Finding::new("extras", Severity::Note, found, meaning))
     }
 
     async fn clock(&self, link: &Arc<Link>) -> Result<Finding> {
@@ -160,6 +185,13 @@ impl RedisStore {
                     format!("the right is lacking: {right}"),
                     "a lock cannot be taken, kept or shown without it: grant what docs/redis.md lists with ACL SETUSER",
                 ));
+            } else if refusal.is_unknown_command() {
+                findings.push(Finding::new(
+                    "rights",
+                    Severity::Failure,
+                    format!("the server lacks the command: {right}"),
+                    "a lock cannot be taken, kept or shown without it: is it renamed or switched off?",
+                ));
             } else if !refusal.is_unknown_script() {
                 findings.push(Finding::new(
                     "rights",
@@ -180,6 +212,19 @@ impl RedisStore {
         }
         Ok(findings)
     }
+}
+
+/// Commands that some servers have: to wait for replicas and for their disks, and to compare and delete.
+const EXTRAS: [&str; 4] = ["WAIT", "WAITAOF", "DELIFEQ", "DELEX"];
+
+/// Those of [`EXTRAS`] that the server knows, by its answer to COMMAND INFO.
+fn known(answer: &Value) -> Vec<&'static str> {
+    let Value::Array(answers) = answer else { return Vec::new() };
+    let there = EXTRAS
+        .into_iter()
+        .zip(answers)
+        .filter(|(_, answer)| matches!(answer, Value::Array(about) if !about.is_empty()));
+    there.map(|(command, _)| command).collect()
 }
 
 /// What a lock's scripts do, each command by itself, leaving nothing behind.

@@ -43,6 +43,11 @@ impl Refusal {
             || self.detail.contains("can't run this command or subcommand")
     }
 
+    /// Whether the server has no such command: it is another kind of server, or the command was renamed or switched off.
+    pub(super) fn is_unknown_command(&self) -> bool {
+        self.code == "ERR" && self.detail.starts_with("unknown command")
+    }
+
     /// The error for a caller.
     pub(super) fn into_error(self, user: Option<&str>) -> Error {
         let rejected = |what: &'static str| Error::new(ErrorKind::Rejected, what);
@@ -71,6 +76,9 @@ impl Refusal {
                     "user {}: grant what docs/redis.md lists with ACL SETUSER",
                     shown_user(user)
                 )),
+            _ if self.is_unknown_command() => rejected("the server lacks a command that a lock needs").advise(
+                "`leasehold doctor` tries each; EVALSHA and EVAL run the scripts: is one renamed or switched off there?",
+            ),
             "NOAUTH" => rejected("the server wants a login").advise(format!(
                 "give a password in the URL, by password_file or in {}",
                 super::config::PASSWORD_VARIABLE

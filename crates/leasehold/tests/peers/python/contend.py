@@ -1,0 +1,44 @@
+"""What every peer in Python does with its library's lock: `try PORT NAME`, or `contend PORT NAME FOLDER SECONDS`.
+
+`try` takes the lock for 30 seconds, says whether it did, and ends without giving it back. `contend` says `ready`, then takes the
+lock again and again and counts up the number in FOLDER/counter, in two steps that lose a count unless it is alone; at the end it says how
+often.
+"""
+
+import os
+import random
+import sys
+import time
+
+
+def main(make):
+    """`make(port, name, ttl)` gives an object with `take()`, which does not wait, and `give_back()`."""
+    mode, port, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    if mode == "try":
+        print("true" if make(port, name, 30).take() else "false")
+        return
+    folder, seconds = sys.argv[4], float(sys.argv[5])
+    lock = make(port, name, 10)
+    print("ready", flush=True)
+    end = time.monotonic() + seconds
+    count = 0
+    while time.monotonic() < end:
+        if not lock.take():
+            time.sleep(0.001)
+            continue
+        inside(folder)
+        count += 1
+        lock.give_back()
+        time.sleep(random.random() * 0.004)
+    print(count)
+
+
+def inside(folder):
+    counter = os.path.join(folder, "counter")
+    with open(counter) as file:
+        before = int(file.read())
+    time.sleep(0.001)
+    with open(counter, "w") as file:
+        file.write(str(before + 1))
+    with open(os.path.join(folder, "turns"), "a") as file:
+        file.write("t")
