@@ -1,6 +1,6 @@
 //! The store contract, clause by clause, on every store.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use leasehold::Locks;
 use leasehold::conformance::CLAUSES;
@@ -8,6 +8,7 @@ use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
 use leasehold::stores::redis::{RedisConfig, RedisStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
+use leasehold_chaos::sentinel::Deployment;
 use leasehold_chaos::servers::RedisServer;
 
 /// One test for each clause; the list is compared with `CLAUSES` below.
@@ -52,6 +53,22 @@ async fn redis() -> (RedisServer, Arc<dyn Store>) {
     (server, store)
 }
 
+/// One deployment for all clauses that run at the same time: it takes seconds to come up.
+async fn redis_sentinel() -> (Arc<Deployment>, Arc<dyn Store>) {
+    static SHARED: Mutex<Weak<Deployment>> = Mutex::new(Weak::new());
+    let deployment = {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.upgrade().unwrap_or_else(|| {
+            let deployment = Arc::new(Deployment::start());
+            *shared = Arc::downgrade(&deployment);
+            deployment
+        })
+    };
+    let config = RedisConfig::from_url(&deployment.url()).expect("a URL of ours");
+    let store = RedisStore::connect(config, tokio::runtime::Handle::current()).await.expect("it runs");
+    (deployment, store)
+}
+
 #[expect(clippy::unused_async, reason = "every store is made in the same way")]
 async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -61,6 +78,7 @@ async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
 
 suite!(memory, memory());
 suite!(redis, redis());
+suite!(redis_sentinel, redis_sentinel());
 suite!(sqlite, sqlite());
 
 #[test]

@@ -14,6 +14,7 @@ mod look;
 mod refresh;
 mod reply;
 mod script;
+mod sentinel;
 mod waiting;
 
 use std::fs::File;
@@ -29,6 +30,7 @@ pub use config::{DEFAULT_TIMEOUT, PASSWORD_VARIABLE, RedisConfig, USERNAME_VARIA
 pub use fence::{FENCED_SET, RedisFence};
 #[doc(hidden)]
 pub use keys::{KeyNames, key_names};
+pub use sentinel::{SENTINEL_PASSWORD_VARIABLE, SENTINEL_USERNAME_VARIABLE};
 
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
@@ -79,6 +81,7 @@ impl RedisStore {
         let guarantees = look::guarantees(&connector).await?;
         let store = Arc::new(Self { connector, keyspace, username, guarantees, waiting });
         refresh::attend(&store);
+        sentinel::attend(&store.connector);
         Ok(store)
     }
 
@@ -112,6 +115,18 @@ impl RedisStore {
     }
 
     fn accepted(&self, value: Value) -> Result<Value> {
+        if self.connector.sentinels().is_some()
+            && let Value::ServerError(error) = &value
+            && Refusal::of(error).ends_with_failover()
+        {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "a failover is under way: this server takes no writes",
+            )
+            .on_store(&self.connector.location)
+            .caused_by(Refusal::of(error))
+            .advise("the sentinels are asked again where the master is"));
+        }
         reply::accepted(value, self.username.as_deref())
             .map_err(|error| error.on_store(&self.connector.location))
     }
