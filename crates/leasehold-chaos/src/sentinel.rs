@@ -91,7 +91,9 @@ impl Layout {
             self.down_after_ms
         );
         if let Some(password) = &self.sentinel_password {
-            conf += &format!("requirepass {password}\n");
+            conf.push_str("requirepass ");
+            conf.push_str(password);
+            conf.push('\n');
         }
         let mut builder = RedisServer::builder().sentinel(conf);
         if let Some(password) = &self.sentinel_password {

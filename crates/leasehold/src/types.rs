@@ -10,10 +10,12 @@ use serde::{Deserialize, Serialize};
 mod fairness;
 mod guarantees;
 mod owner;
+mod replication;
 
 pub use fairness::Fairness;
 pub use guarantees::{Fencing, Finding, Guarantees, Persistence, Severity};
 pub use owner::{InvalidOwner, MAX_OWNER_BYTES, Owner};
+pub use replication::Replication;
 
 /// The largest name, in bytes.
 pub const MAX_NAME_BYTES: usize = 512;

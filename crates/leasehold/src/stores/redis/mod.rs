@@ -12,6 +12,7 @@ mod keys;
 mod listing;
 mod look;
 mod refresh;
+mod replicas;
 mod reply;
 mod script;
 mod sentinel;
@@ -37,11 +38,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{HAND_OFF_TTL, Store, Woken};
 use crate::types::{
     Acquired, Claim, FencingToken, Finding, Grant, Guarantees, Held, LockView, MAX_RECORD_BYTES, Page, Query,
-    Released, Renewal, Ticket,
+    Released, Renewal, Replication, Ticket,
 };
 use combine::{Job, Patience, Verb};
 use connection::{Connector, Link};
 use keys::{Keys, Keyspace, owner};
+use replicas::Aside;
 use reply::{Occupant, Refusal};
 use script::By;
 use waiting::{Attempt, Seen, Waiting};
@@ -61,6 +63,7 @@ pub struct RedisStore {
     username: Option<String>,
     guarantees: Guarantees,
     waiting: Arc<Waiting>,
+    aside: Aside,
 }
 
 impl RedisStore {
@@ -79,7 +82,8 @@ impl RedisStore {
         let waiting = Arc::new(Waiting::new());
         let connector = Connector::new(config, runtime, waiting.clone());
         let guarantees = look::guarantees(&connector).await?;
-        let store = Arc::new(Self { connector, keyspace, username, guarantees, waiting });
+        let store =
+            Arc::new(Self { connector, keyspace, username, guarantees, waiting, aside: Aside::default() });
         refresh::attend(&store);
         sentinel::attend(&store.connector);
         Ok(store)
@@ -489,6 +493,12 @@ impl Store for RedisStore {
 
     async fn release(&self, held: &Held) -> Result<Released> {
         self.release_once(held)
+            .await
+            .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
+    }
+
+    async fn replicate(&self, held: &Held, wish: &Replication) -> Result<u32> {
+        self.replicate_once(held, wish)
             .await
             .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
     }

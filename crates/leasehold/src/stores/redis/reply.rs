@@ -45,6 +45,10 @@ impl Refusal {
         self.is_of_no_master() || matches!(self.code.as_str(), "LOADING" | "NOREPLICAS")
     }
 
+    pub(super) fn is_unknown_command(&self) -> bool {
+        self.code == "ERR" && self.detail.starts_with("unknown command")
+    }
+
     /// Whether a right is lacking: `NOPERM`, or how version 7 says it of a command in a script.
     pub(super) fn is_lacking_right(&self) -> bool {
         self.code == "NOPERM"
