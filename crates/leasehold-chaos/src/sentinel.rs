@@ -17,13 +17,21 @@ pub struct Layout {
     down_after_ms: u32,
     args: Vec<String>,
     sentinel_password: Option<String>,
+    own_clocks: bool,
 }
 
 impl Default for Layout {
     /// Two replicas, three sentinels of which two must agree, and a second and a half of silence to call a master down. (Less
     /// makes sentinels mistrust each new master: they wait a second before they connect to it.)
     fn default() -> Self {
-        Self { replicas: 2, sentinels: 3, down_after_ms: 1_500, args: Vec::new(), sentinel_password: None }
+        Self {
+            replicas: 2,
+            sentinels: 3,
+            down_after_ms: 1_500,
+            args: Vec::new(),
+            sentinel_password: None,
+            own_clocks: false,
+        }
     }
 }
 
@@ -39,6 +47,13 @@ impl Layout {
     #[must_use]
     pub fn sentinel_password(mut self, password: &str) -> Self {
         self.sentinel_password = Some(password.into());
+        self
+    }
+
+    /// Gives each server a wall clock of its own, moved by [`RedisServer::set_clock_offset`]; needs `cc`.
+    #[must_use]
+    pub fn own_clocks(mut self) -> Self {
+        self.own_clocks = true;
         self
     }
 
@@ -61,7 +76,8 @@ impl Layout {
 
     fn server(&self) -> Builder {
         // Replicas that come back or change their master shall not wait for each other.
-        RedisServer::builder().args(["--repl-ping-replica-period", "1"]).args(self.args.clone())
+        let server = RedisServer::builder().args(["--repl-ping-replica-period", "1"]).args(self.args.clone());
+        if self.own_clocks { server.own_clock() } else { server }
     }
 
     /// Starts it, and returns when every sentinel knows every server and every other sentinel.

@@ -6,7 +6,7 @@ mod bad_days;
 use std::time::{Duration, Instant};
 
 use bad_days::{Waiter, assert_no_line, connect, lock, lock_soon, ms};
-use leasehold::{Error, ErrorKind, Guard, Locks, Loss, Released, Status, clock};
+use leasehold::{Error, ErrorKind, Guard, Locks, Loss, Released, Severity, Status, clock};
 use leasehold_chaos::eventually;
 use leasehold_chaos::sentinel::{Deployment, Layout, MASTER, url_by};
 use leasehold_chaos::servers::{RedisServer, free_port};
@@ -307,4 +307,65 @@ fn a_replica_that_sentinels_call_the_master_is_not_believed() {
     let guard = lock_soon(&locks.mutex("a"));
     assert_eq!(deployment.servers[deployment.master()].cli(&["EXISTS", "a"]), "1");
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+}
+
+#[test]
+fn the_doctor_looks_at_sentinels_replicas_and_clocks() {
+    let mut deployment = Layout::default().own_clocks().start();
+    let replica = (deployment.master() + 1) % 3;
+    let port = deployment.servers[replica].port();
+    deployment.servers[replica].set_clock_offset(-5_000_000);
+    let findings = block_on(leasehold::diagnose(&deployment.url()));
+    let of = |check: &str| {
+        let found: Vec<_> = findings.iter().filter(|finding| finding.check.starts_with(check)).collect();
+        assert!(!found.is_empty(), "{check}: {findings:#?}");
+        found
+    };
+    let sentinels = of("sentinel ");
+    assert_eq!(sentinels.len(), 3);
+    for finding in sentinels {
+        assert_eq!(finding.severity, Severity::Good, "{finding:?}");
+        assert!(finding.found.contains("2 replicas, 2 other sentinels, quorum 2"), "{finding:?}");
+    }
+    assert_eq!(of("min-replicas-to-write")[0].severity, Severity::Warning);
+    assert_eq!(of("clock of replica").len(), 2);
+    let off = of(&format!("clock of replica 127.0.0.1:{port}"))[0];
+    assert_eq!(off.severity, Severity::Warning);
+    assert!(off.found.contains("behind") && off.found.starts_with(['4', '5']), "{off:?}");
+    assert_eq!(of("reach")[0].severity, Severity::Good);
+
+    // With one sentinel left of three there is no quorum.
+    deployment.sentinels[1].kill9();
+    deployment.sentinels[2].kill9();
+    eventually("the last one has noticed", || {
+        deployment.sentinels[0].cli(&["SENTINEL", "CKQUORUM", MASTER]).starts_with("NOQUORUM")
+    });
+    let findings = block_on(leasehold::diagnose(&deployment.url()));
+    let sentinels: Vec<_> =
+        findings.iter().filter(|finding| finding.check.starts_with("sentinel ")).collect();
+    assert_eq!(sentinels.len(), 3);
+    for finding in sentinels {
+        assert_eq!(finding.severity, Severity::Warning, "{finding:?}");
+    }
+}
+
+#[test]
+fn a_master_that_has_too_few_replicas_for_a_write_makes_waiters_wait() {
+    let deployment = Layout::default().args(["--min-replicas-to-write", "2"]).start();
+    let locks = connect(&deployment.url());
+    let master = &deployment.servers[deployment.master()];
+    let guard = lock(&locks.mutex("a"));
+    let waiter = Waiter::start(&locks.mutex("a"));
+    let replicas: Vec<_> =
+        (0..3).filter(|number| *number != deployment.master()).map(|n| &deployment.servers[n]).collect();
+    assert_eq!(master.cli(&["CONFIG", "SET", "min-replicas-max-lag", "1"]), "OK");
+    replicas[0].pause();
+    eventually("it refuses writes", || master.cli(&["SET", "x", "1"]).starts_with("NOREPLICAS"));
+    let error = block_on(locks.mutex("b").lock()).expect_err("it takes no writes");
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(error.to_string().contains("NOREPLICAS"), "{error}");
+    replicas[0].resume();
+    eventually("it takes writes again", || master.cli(&["SET", "x", "1"]) == "OK");
+    assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+    assert_eq!(block_on(waiter.guard().unlock()).unwrap(), Released::Released);
 }

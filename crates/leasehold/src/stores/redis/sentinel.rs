@@ -1,6 +1,7 @@
 //! Where the master is: asked of sentinels at every dial, and listened for while there is a connection.
 
 mod address;
+mod findings;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -16,6 +17,7 @@ use tokio::task::JoinSet;
 
 pub(super) use address::{Host, SENTINEL_FORM, Sentinels};
 pub use address::{SENTINEL_PASSWORD_VARIABLE, SENTINEL_USERNAME_VARIABLE};
+pub(super) use findings::look_over;
 
 use super::config::{Address, RedisConfig};
 use super::connection::{Connector, Link};
@@ -217,11 +219,15 @@ pub(super) async fn question(
         Some(Ok(Value::ServerError(error))) => {
             let refusal = Refusal::of(&error);
             let advice = match refusal.code.as_str() {
-                "NOAUTH" | "NOPERM" | "WRONGPASS" => LOGIN_ADVICE,
-                _ => "is it a sentinel?",
+                "NOAUTH" | "NOPERM" | "WRONGPASS" => Some(LOGIN_ADVICE),
+                "NOQUORUM" => None,
+                _ => Some("is it a sentinel?"),
             };
-            let refused = Error::new(ErrorKind::Rejected, "it refused the question");
-            Err(refused.caused_by(refusal).advise(advice))
+            let refused = Error::new(ErrorKind::Rejected, "it refused the question").caused_by(refusal);
+            Err(match advice {
+                Some(advice) => refused.advise(advice),
+                None => refused,
+            })
         }
         Some(Ok(answer)) => Ok(answer),
     }
