@@ -1,6 +1,7 @@
 //! Real servers, proxies and faults for the tests of Leasehold.
 //!
 //! - [`servers`]: a real `redis-server` on a free port, stopped with the test that started it.
+//! - [`sentinel`]: a master, its replicas and the sentinels that watch over them.
 //! - [`proxy`]: a link to it that counts, holds, cuts and delays what goes through.
 //! - [`checker`]: the judge of what many processes wrote down; it knows only their histories.
 //! - [`wall_clock`]: a wall clock for one process, that can be stepped.
@@ -13,6 +14,7 @@
 pub mod checker;
 pub mod proxy;
 pub mod resp;
+pub mod sentinel;
 pub mod servers;
 mod spawn;
 mod tls;

@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::resp::{Client, Reply};
+use crate::sentinel::write_conf;
 use crate::wall_clock::WallClock;
 use crate::{PATIENCE, spawn, tls};
 
@@ -52,6 +53,8 @@ pub struct Builder {
     unix_socket: bool,
     tls: bool,
     own_clock: bool,
+    /// What it is configured by, if it is a sentinel.
+    sentinel: Option<String>,
 }
 
 impl Builder {
@@ -74,6 +77,20 @@ impl Builder {
     pub fn requirepass(mut self, password: &str) -> Self {
         self.password = Some(password.into());
         self.args(["--requirepass", password])
+    }
+
+    /// Runs it as a sentinel, by this configuration. Other options are the server's, not a sentinel's.
+    #[must_use]
+    pub(crate) fn sentinel(mut self, conf: String) -> Self {
+        self.sentinel = Some(conf);
+        self
+    }
+
+    /// Logs in with this password, which the server asks for by its configuration.
+    #[must_use]
+    pub(crate) fn password_is(mut self, password: &str) -> Self {
+        self.password = Some(password.into());
+        self
     }
 
     /// Adds a user by its rule, as in `ACL SETUSER`: `"app on >secret ~* &* +@all"`.
@@ -150,7 +167,9 @@ impl Output {
         std::thread::spawn(move || {
             for line in BufReader::new(printed).lines().map_while(Result::ok) {
                 let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-                state.ready |= line.contains("Ready to accept connections");
+                // A sentinel says its id instead, when it serves.
+                state.ready |=
+                    line.contains("Ready to accept connections") || line.contains("Sentinel ID is");
                 state.last_lines.push_back(line);
                 if state.last_lines.len() > 40 {
                     state.last_lines.pop_front();
@@ -189,6 +208,7 @@ impl RedisServer {
             unix_socket: false,
             tls: false,
             own_clock: false,
+            sentinel: None,
         }
     }
 
@@ -252,6 +272,13 @@ impl RedisServer {
 
     fn configure(&self, command: &mut Command) {
         let path = |file: &str| self.folder.path().join(file).to_string_lossy().into_owned();
+        if let Some(conf) = &self.builder.sentinel {
+            let conf = write_conf(self.folder.path(), conf);
+            command.arg(conf).args(["--sentinel", "--bind", "127.0.0.1"]);
+            command.args(["--port", &self.port.to_string(), "--dir", &path("")]);
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+            return;
+        }
         command.args(["--port", &self.port.to_string(), "--dir", &path("")]);
         if self.builder.unix_socket {
             command.args(["--unixsocket", &path("redis.sock")]);
@@ -304,6 +331,11 @@ impl RedisServer {
     /// If it does not run.
     pub fn pid(&self) -> u32 {
         self.process.as_ref().expect("the server runs").0.id()
+    }
+
+    /// Whether it was started and not killed since.
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
     }
 
     fn signal(&self, signal: Signal) {

@@ -164,6 +164,24 @@ impl Mutex {
         Self(self.0.fairness(fairness))
     }
 
+    /// As [`Mutex::replicas`](crate::Mutex::replicas).
+    #[must_use]
+    pub fn replicas(self, count: u32, timeout: Duration) -> Self {
+        Self(self.0.replicas(count, timeout))
+    }
+
+    /// As [`Mutex::require_replicas`](crate::Mutex::require_replicas).
+    #[must_use]
+    pub fn require_replicas(self, count: u32, timeout: Duration) -> Self {
+        Self(self.0.require_replicas(count, timeout))
+    }
+
+    /// As [`Mutex::replicas_on_disk`](crate::Mutex::replicas_on_disk).
+    #[must_use]
+    pub fn replicas_on_disk(self, on_disk: bool) -> Self {
+        Self(self.0.replicas_on_disk(on_disk))
+    }
+
     /// Waits for the lock.
     ///
     /// # Errors
@@ -224,6 +242,11 @@ impl Guard {
     /// The number to give to the resource with every write.
     pub fn fencing_token(&self) -> FencingToken {
         self.0.fencing_token()
+    }
+
+    /// How many replicas had acknowledged the lock when it was granted; see [`Guard::replicas`](crate::Guard::replicas).
+    pub fn replicas(&self) -> Option<u32> {
+        self.0.replicas()
     }
 
     /// How sure the holder can be now.

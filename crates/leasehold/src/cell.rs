@@ -38,6 +38,8 @@ pub(crate) struct State {
     pub(crate) phase: Phase,
     /// Whether a renewal of it is under way: there is one at most.
     pub(crate) in_flight: bool,
+    /// How many replicas had it when it was granted, if that was asked.
+    pub(crate) replicas: Option<u32>,
     /// Counts changes that `changed` tells.
     pub(crate) version: u64,
 }
@@ -74,6 +76,7 @@ impl Cell {
             due: None,
             phase: Phase::Held,
             in_flight: false,
+            replicas: None,
             version: 0,
         };
         Self { held, state: Mutex::new(state), changed: Notify::new() }

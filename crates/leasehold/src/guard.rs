@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::cell::Cell;
+use crate::cell::{Cell, lock};
 use crate::clock::Instant;
 use crate::error::Result;
 use crate::keeper::Keeper;
@@ -56,6 +56,12 @@ impl Guard {
     /// The number to give to the resource with every write; see [`FencingToken`] and [`fence`](crate::fence).
     pub fn fencing_token(&self) -> FencingToken {
         self.holding.token()
+    }
+
+    /// How many replicas of the store had acknowledged the lock when it was granted, as far as was heard in time; `None` if
+    /// that was not asked for ([`Mutex::replicas`](crate::Mutex::replicas)). No I/O.
+    pub fn replicas(&self) -> Option<u32> {
+        lock(&self.cell().state).replicas
     }
 
     /// How sure the holder can be now. Reads the clock; no I/O.

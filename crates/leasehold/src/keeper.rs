@@ -76,6 +76,7 @@ impl Bench {
             bell: Notify::new(),
             idle: Condvar::new(),
             idle_bell: Notify::new(),
+            disturbed: Notify::new(),
             phase: clock::jitter(Duration::from_secs(3600)),
         });
         // The thread waits for exactly this; it can only be gone if it panicked, and then nothing is ever renewed.
@@ -97,6 +98,8 @@ struct Shared {
     bell: Notify,
     idle: Condvar,
     idle_bell: Notify,
+    /// Rung for releases that wait to be tried again.
+    disturbed: Notify,
     /// Where the renewal grid of this process lies, so that processes do not renew in step.
     phase: Duration,
 }
@@ -234,8 +237,9 @@ impl Shared {
         }
     }
 
-    /// Has everything that is kept confirmed at once.
+    /// Has everything that is kept confirmed at once, and what is to be released tried again.
     fn hasten(&self) {
+        self.disturbed.notify_waiters();
         let now = clock::now();
         let mut table = lock(&self.table);
         let due = std::mem::take(&mut table.due);
@@ -343,7 +347,7 @@ impl Shared {
                 tracing::warn!(lock = %held.name, claim = %held.id, "could not release; it ends by its TTL");
                 break;
             }
-            clock::sleep_until(again).await;
+            let _ = clock::timeout_at(again, self.disturbed.notified()).await;
             back_off = (back_off * 2).min(Duration::from_secs(1));
         }
     }

@@ -18,7 +18,7 @@ use crate::clock::{self, Instant};
 use crate::error::{Error, Result};
 use crate::keeper::Keeper;
 use crate::retry::Retry;
-use crate::types::{FencingToken, Name, Released};
+use crate::types::{FencingToken, Name, Released, Replication};
 use crate::wait::{POLICY_STEP, policy_until};
 
 /// How often a claim can be passed on, if so often is allowed, before it is known how often that is wanted.
@@ -31,6 +31,8 @@ pub(crate) struct Terms {
     pub(crate) record: Arc<str>,
     pub(crate) ttl: Duration,
     pub(crate) max_hold: Option<Duration>,
+    /// The replicas that are waited for, and whether they are required.
+    pub(crate) replicas: Option<(Replication, bool)>,
     /// How often it is passed on, at most.
     pub(crate) passes: u32,
 }
@@ -380,6 +382,7 @@ mod tests {
             ttl: Duration::from_secs(1),
             max_hold: None,
             passes: 3,
+            replicas: None,
         }
     }
 

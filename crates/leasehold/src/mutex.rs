@@ -5,6 +5,7 @@ use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use crate::cell::lock;
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::Guard;
@@ -14,7 +15,8 @@ use crate::local::{Entered, Holding, Line, Lines, Terms, Turn};
 use crate::retry::Retry;
 use crate::store::{HAND_OFF_TTL, check_ttl};
 use crate::types::{
-    Claim, Fairness, Holder, InvalidName, MAX_RECORD_BYTES, Name, Owner, Record, Released, Ticket,
+    Claim, Fairness, Holder, InvalidName, MAX_RECORD_BYTES, Name, Owner, Record, Released, Replication,
+    Ticket,
 };
 use crate::wait::{self, Ended, Patience, Watcher};
 
@@ -54,6 +56,15 @@ struct Settings {
     owner: Option<Owner>,
     deadlock_after: Duration,
     fairness: Fairness,
+    /// And whether they are required.
+    replicas: Option<(Replication, bool)>,
+}
+
+impl Settings {
+    fn wait_for(&mut self, count: u32, timeout: Duration, is_required: bool) {
+        let on_disk = self.replicas.is_some_and(|(wish, _)| wish.on_disk);
+        self.replicas = Some((Replication::new(count, timeout).on_disk(on_disk), is_required));
+    }
 }
 
 impl Mutex {
@@ -75,6 +86,7 @@ impl Mutex {
             owner: None,
             deadlock_after: DEFAULT_DEADLOCK_AFTER,
             fairness: Fairness::Fifo,
+            replicas: None,
         };
         Self { keeper, name, settings, record: Arc::default(), lines, line: OnceLock::new() }
     }
@@ -263,6 +275,52 @@ impl Mutex {
         self.with(|settings| settings.fairness = fairness)
     }
 
+    /// Waits after each grant, also one that was handed over, until `count` replicas of the store have acknowledged it, or the
+    /// time is up (never more than a third of the TTL). The lock is held either way; [`Guard::replicas`] says how many it were.
+    ///
+    /// It makes it less likely that a failover forgets the lock, and proves nothing: the replica that is promoted may be another
+    /// one, a lock can be forgotten together with its replica's memory, and later renewals are not waited for. Only a resource
+    /// that checks the [`fencing token`](Guard::fencing_token) is safe.
+    ///
+    /// # Default
+    /// None is waited for, and nothing is spent on it.
+    ///
+    /// # Errors
+    /// Told by the first use: `Invalid` for none or no time, `Unsupported` on a store that has no replicas (all but Redis), `Lost`
+    /// if the lock was gone before they were waited for. The lock is then given back.
+    ///
+    /// # Round trips
+    /// One more for each grant, on a connection of its own, and one dial for each of those that wait at the same time.
+    #[must_use]
+    pub fn replicas(self, count: u32, timeout: Duration) -> Self {
+        self.with(|settings| settings.wait_for(count, timeout, false))
+    }
+
+    /// As [`replicas`](Self::replicas), but refuses a lock that fewer have acknowledged in time, or of which that is not known: it
+    /// is given back, and locking fails with `Unavailable` (or `Unknown`).
+    ///
+    /// # Default
+    /// Not required.
+    #[must_use]
+    pub fn require_replicas(self, count: u32, timeout: Duration) -> Self {
+        self.with(|settings| settings.wait_for(count, timeout, true))
+    }
+
+    /// Sets whether the replicas that are waited for must have the lock on their disks too, which takes as long as their
+    /// disks do. It needs a server with `WAITAOF` (Redis 7.2, Valkey), and replicas with an append-only file. It follows
+    /// [`replicas`](Self::replicas) or [`require_replicas`](Self::require_replicas); without them it has no effect.
+    ///
+    /// # Default
+    /// False: memory will do.
+    #[must_use]
+    pub fn replicas_on_disk(self, on_disk: bool) -> Self {
+        self.with(|settings| {
+            if let Some((wish, _)) = &mut settings.replicas {
+                wish.on_disk = on_disk;
+            }
+        })
+    }
+
     /// The name of the lock.
     ///
     /// # Errors
@@ -445,6 +503,12 @@ impl Mutex {
             .with_tokens(tokens);
         claim.queue = retry.is_some();
         claim.queue_limit = self.settings.max_queue;
+        if let Some((wish, _)) = self.settings.replicas
+            && (wish.replicas == 0 || wish.timeout < Duration::from_millis(1))
+        {
+            let what = "to wait for replicas takes one at least, and a millisecond at least";
+            return Err(self.error(ErrorKind::Invalid, what.to_owned()));
+        }
         let guarantees = self.keeper.store().guarantees();
         check_ttl(&guarantees, claim.ttl).map_err(|bad| self.tell(bad))?;
         if let Some(limit) = self.settings.max_hold {
@@ -467,9 +531,49 @@ impl Mutex {
                     let extend = self.keeper.renew_now(holding.cell(), |held| held.extend = Some(claim.ttl));
                     let _ = Box::pin(extend).await;
                 }
+                if let Some((wish, is_required)) = self.settings.replicas {
+                    let lease = won.grant.ttl.min(claim.ttl);
+                    return Box::pin(self.replicated(holding, wish, is_required, lease)).await.map(Ok);
+                }
                 Ok(Ok(holding))
             }
         }
+    }
+
+    /// The same holding, once the replicas have it that are waited for.
+    async fn replicated(
+        &self,
+        holding: Holding,
+        wish: Replication,
+        is_required: bool,
+        lease: Duration,
+    ) -> Result<Holding> {
+        let bounded = Replication { timeout: wish.timeout.min(lease / 3), ..wish };
+        let answer = self.keeper.store().replicate(holding.cell().held(), &bounded).await;
+        let refused = match answer {
+            Ok(count) if count >= wish.replicas || !is_required => {
+                lock(&holding.cell().state).replicas = Some(count);
+                return Ok(holding);
+            }
+            Ok(count) => self
+                .error(
+                    ErrorKind::Unavailable,
+                    format!(
+                        "{count} of the {} replicas that are required had the lock after {:?}, and it was given back",
+                        wish.replicas, bounded.timeout
+                    ),
+                )
+                .advise("are they running and linked to their master?"),
+            Err(error) if error.is_transient() && !is_required => {
+                tracing::warn!(lock = %holding.cell().held().name, %error, "its replicas could not be asked");
+                lock(&holding.cell().state).replicas = Some(0);
+                return Ok(holding);
+            }
+            Err(error) => self.tell(error),
+        };
+        // Should this not be answered, the keeper goes on releasing.
+        let _ = holding.unlock().await;
+        Err(refused)
     }
 
     /// The line of this process, where its locks may be passed on.
@@ -491,6 +595,7 @@ impl Mutex {
             record: self.record.get_or_init(|| self.encode_record()).clone()?,
             ttl: self.settings.ttl,
             max_hold: self.settings.max_hold,
+            replicas: self.settings.replicas,
             passes,
         };
         let line = self.lines.line(terms);

@@ -27,9 +27,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::clock::Now;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::types::{
-    Acquired, Claim, Finding, Grant, Guarantees, Held, LockView, Name, Page, Query, Released, Renewal, Ticket,
+    Acquired, Claim, Finding, Grant, Guarantees, Held, LockView, Name, Page, Query, Released, Renewal,
+    Replication, Ticket,
 };
 
 /// The longest lease that a waiter is handed: what a waiter that died costs the others. A longer TTL begins with the
@@ -101,6 +102,18 @@ pub trait Store: Debug + Send + Sync + 'static {
 
     /// Extends, or only confirms, what is held: one answer an item, in one round trip for as many as the store can.
     async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>>;
+
+    /// Waits until so many replicas of the store have what is held, or the time is up: how many had it then.
+    ///
+    /// # Errors
+    /// `Unsupported` for a store that has no replicas, or cannot tell; `Lost` if the claim does not hold the lock; else as
+    /// [`acquire`](Self::acquire).
+    async fn replicate(&self, held: &Held, wish: &Replication) -> Result<u32> {
+        let _ = (held, wish);
+        let unable =
+            Error::new(ErrorKind::Unsupported, "this store has no replicas that could be waited for");
+        Err(unable.on_store(&self.location()))
+    }
 
     /// Gives a lock back if this claim holds it, handing it to the next in line; takes the claim out of the line if it
     /// may wait there ([`Held::waiting`]). One round trip.

@@ -11,11 +11,13 @@ mod fairness;
 mod guarantees;
 mod hash;
 mod owner;
+mod replication;
 
 pub use fairness::Fairness;
 pub use guarantees::{Fencing, Finding, Guarantees, Persistence, Severity};
 pub(crate) use hash::stable_hash;
 pub use owner::{InvalidOwner, MAX_OWNER_BYTES, Owner};
+pub use replication::Replication;
 
 /// The largest name, in bytes.
 pub const MAX_NAME_BYTES: usize = 512;

@@ -148,13 +148,15 @@ impl Place {
             #[cfg(feature = "sqlite")]
             "sqlite" => sqlite_path(rest).map(Self::Sqlite),
             #[cfg(feature = "redis")]
-            "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix" => {
+            "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix"
+            | "redis+sentinel" | "rediss+sentinel" | "valkey+sentinel" | "valkeys+sentinel" => {
                 RedisConfig::from_url(url).map(|config| Self::Redis(Box::new(config)))
             }
             #[cfg(not(feature = "sqlite"))]
             "sqlite" => Err(not_built_in(scheme)),
             #[cfg(not(feature = "redis"))]
-            "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix" => {
+            "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix"
+            | "redis+sentinel" | "rediss+sentinel" | "valkey+sentinel" | "valkeys+sentinel" => {
                 Err(not_built_in(scheme))
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))

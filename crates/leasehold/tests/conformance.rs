@@ -1,6 +1,6 @@
 //! The store contract, clause by clause, on every store.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use leasehold::Locks;
 use leasehold::conformance::CLAUSES;
@@ -10,6 +10,7 @@ use leasehold::stores::quorum::{NodeSource, QuorumStore};
 use leasehold::stores::redis::{RedisConfig, RedisStore};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
+use leasehold_chaos::sentinel::Deployment;
 use leasehold_chaos::servers::{RedisServer, default_program};
 
 /// One test for each clause; the list is compared with `CLAUSES` below.
@@ -54,6 +55,22 @@ async fn redis(program: &str) -> (RedisServer, Arc<dyn Store>) {
     (server, store)
 }
 
+/// One deployment for all clauses that run at the same time: it takes seconds to come up.
+async fn redis_sentinel() -> (Arc<Deployment>, Arc<dyn Store>) {
+    static SHARED: Mutex<Weak<Deployment>> = Mutex::new(Weak::new());
+    let deployment = {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.upgrade().unwrap_or_else(|| {
+            let deployment = Arc::new(Deployment::start());
+            *shared = Arc::downgrade(&deployment);
+            deployment
+        })
+    };
+    let config = RedisConfig::from_url(&deployment.url()).expect("a URL of ours");
+    let store = RedisStore::connect(config, tokio::runtime::Handle::current()).await.expect("it runs");
+    (deployment, store)
+}
+
 #[expect(clippy::unused_async, reason = "every store is made in the same way")]
 async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -65,7 +82,7 @@ async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
 async fn ring_of(members: &[fn(Node) -> Node]) -> (Vec<RedisServer>, Arc<dyn Store>) {
     let (mut servers, mut nodes) = (Vec::new(), Vec::new());
     for member in members {
-        let (server, store) = redis().await;
+        let (server, store) = redis(&default_program()).await;
         servers.push(server);
         nodes.push(member(Node::new(store)));
     }
@@ -105,6 +122,7 @@ suite!(redis, redis(&default_program()));
 suite!(redis_8, redis("redis-8"));
 suite!(valkey_8, redis("valkey-8"));
 suite!(valkey_9, redis("valkey-9"));
+suite!(redis_sentinel, redis_sentinel());
 suite!(sqlite, sqlite());
 suite!(ring, ring());
 suite!(ring_that_changes, moving());

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use url::Url;
 
+use super::sentinel::{SENTINEL_FORM, SENTINEL_PASSWORD_VARIABLE, SENTINEL_USERNAME_VARIABLE, Sentinels};
 use crate::error::{Error, Result};
 use crate::types::{Escaped, RESERVED_PREFIX};
 
@@ -25,6 +26,10 @@ const FORM: &str =
 pub(super) struct Secret(String);
 
 impl Secret {
+    pub(super) fn new(text: String) -> Self {
+        Self(text)
+    }
+
     pub(super) fn expose(&self) -> &str {
         &self.0
     }
@@ -39,8 +44,24 @@ impl fmt::Debug for Secret {
 /// Where the server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Address {
-    Tcp { host: String, port: u16, tls: bool },
+    Tcp {
+        host: String,
+        port: u16,
+        tls: bool,
+    },
     Unix(PathBuf),
+    /// Wherever these say.
+    Sentinel(Box<Sentinels>),
+}
+
+impl Address {
+    fn is_tls(&self) -> bool {
+        match self {
+            Self::Tcp { tls, .. } => *tls,
+            Self::Unix(_) => false,
+            Self::Sentinel(sentinels) => sentinels.tls,
+        }
+    }
 }
 
 /// How to reach a Redis or Valkey server: a checked URL. Neither `Debug` nor an error shows its password.
@@ -62,12 +83,29 @@ impl RedisConfig {
     /// Schemes: `redis`, `valkey` (TCP), `rediss`, `valkeys` (TLS), `redis+unix`, `unix` (a socket's path).
     /// The default port is 6379. Parameters: `prefix`, `timeout` (default `2s`), `ca`, `password_file`, and for a socket `db` and `user`.
     ///
+    /// With `+sentinel` after the scheme it names sentinels, separated by commas (default port 26379), and in its path the
+    /// master: `redis+sentinel://host,host2/master/database`. Then there are also `sentinel_user`, `sentinel_password` and
+    /// `sentinel_password_file`.
+    ///
     /// # Errors
     /// `Invalid`, naming the part that is wrong.
     pub fn from_url(text: &str) -> Result<Self> {
+        let Some((sentinels, server)) =
+            Sentinels::split(text).map_err(|error| error.advise(SENTINEL_FORM))?
+        else {
+            return Self::read(text, None);
+        };
+        Self::read(&server, Some(sentinels)).map_err(|error| error.advise(SENTINEL_FORM))
+    }
+
+    /// Reads the URL of one server; it is the master that these sentinels name, if there are any.
+    fn read(text: &str, sentinels: Option<Sentinels>) -> Result<Self> {
         // The parser's own words never repeat the text, which may hold a password.
         let url = Url::parse(text).map_err(|error| bad(format!("the URL of the Redis server: {error}")))?;
-        let address = address(&url)?;
+        let address = match sentinels {
+            Some(sentinels) => Address::Sentinel(Box::new(sentinels)),
+            None => address(&url)?,
+        };
         let mut config = Self {
             address,
             username: non_empty(decoded(url.username(), "user")?),
@@ -83,7 +121,7 @@ impl RedisConfig {
             prefix: Vec::new(),
             timeout: DEFAULT_TIMEOUT,
         };
-        if let Address::Tcp { .. } = config.address {
+        if !matches!(config.address, Address::Unix(_)) {
             config.database = database(url.path().trim_start_matches('/'))?;
         }
         let mut seen = Vec::new();
@@ -102,6 +140,11 @@ impl RedisConfig {
     }
 
     fn take_parameter(&mut self, key: &str, value: &str) -> Result<()> {
+        if let Address::Sentinel(sentinels) = &mut self.address
+            && sentinels.take_parameter(key, value)?
+        {
+            return Ok(());
+        }
         let is_socket = matches!(self.address, Address::Unix(_));
         match key {
             "prefix" => self.prefix = percent_decoded(value),
@@ -130,7 +173,13 @@ impl RedisConfig {
         if self.password.is_some() && self.password_file.is_some() {
             return Err(bad("the URL has both a password and a password_file"));
         }
-        if self.ca.is_some() && !matches!(self.address, Address::Tcp { tls: true, .. }) {
+        if let Address::Sentinel(sentinels) = &self.address
+            && sentinels.password.is_some()
+            && sentinels.password_file.is_some()
+        {
+            return Err(bad("the URL has both a sentinel_password and a sentinel_password_file"));
+        }
+        if self.ca.is_some() && !self.address.is_tls() {
             return Err(bad("ca is for TLS: use rediss:// or valkeys://"));
         }
         Ok(self)
@@ -149,6 +198,10 @@ impl RedisConfig {
             Address::Unix(path) => {
                 let database = if database == 0 { String::new() } else { format!("?db={database}") };
                 format!("redis+unix://{}{database}", path.display()).into()
+            }
+            Address::Sentinel(sentinels) => {
+                let database = if database == 0 { String::new() } else { format!("/{database}") };
+                format!("{}{database}", sentinels.location()).into()
             }
         }
     }
@@ -179,28 +232,50 @@ impl RedisConfig {
         &self,
         environment: impl Fn(&str) -> Option<String>,
     ) -> Result<(Option<String>, Option<Secret>)> {
-        let username = self.username.clone().or_else(|| environment(USERNAME_VARIABLE)).and_then(non_empty);
-        if self.password.is_some() {
-            return Ok((username, self.password.clone()));
-        }
-        let Some(path) = &self.password_file else {
-            return Ok((username, environment(PASSWORD_VARIABLE).and_then(non_empty).map(Secret)));
-        };
-        let unreadable = |what: String| Error::invalid(format!("password_file {}: {what}", path.display()));
-        let text = std::fs::read_to_string(path).map_err(|error| unreadable(error.to_string()))?;
-        let password = text.trim_end_matches(['\r', '\n']);
-        if password.is_empty() {
-            return Err(unreadable("it is empty".into()));
-        }
-        Ok((username, Some(Secret(password.into()))))
+        let file = self.password_file.as_ref().map(|path| (path, "password_file"));
+        let variables = (USERNAME_VARIABLE, PASSWORD_VARIABLE);
+        credentials(self.username.as_ref(), self.password.as_ref(), file, variables, environment)
+    }
+
+    /// As [`credentials`](Self::credentials), of the sentinels.
+    pub(super) fn sentinel_credentials(
+        sentinels: &Sentinels,
+        environment: impl Fn(&str) -> Option<String>,
+    ) -> Result<(Option<String>, Option<Secret>)> {
+        let file = sentinels.password_file.as_ref().map(|path| (path, "sentinel_password_file"));
+        let variables = (SENTINEL_USERNAME_VARIABLE, SENTINEL_PASSWORD_VARIABLE);
+        credentials(sentinels.username.as_ref(), sentinels.password.as_ref(), file, variables, environment)
     }
 }
 
-fn bad(what: impl Into<String>) -> Error {
+fn credentials(
+    username: Option<&String>,
+    password: Option<&Secret>,
+    file: Option<(&PathBuf, &str)>,
+    (username_variable, password_variable): (&str, &str),
+    environment: impl Fn(&str) -> Option<String>,
+) -> Result<(Option<String>, Option<Secret>)> {
+    let username = username.cloned().or_else(|| environment(username_variable)).and_then(non_empty);
+    if password.is_some() {
+        return Ok((username, password.cloned()));
+    }
+    let Some((path, parameter)) = file else {
+        return Ok((username, environment(password_variable).and_then(non_empty).map(Secret)));
+    };
+    let unreadable = |what: String| Error::invalid(format!("{parameter} {}: {what}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| unreadable(error.to_string()))?;
+    let password = text.trim_end_matches(['\r', '\n']);
+    if password.is_empty() {
+        return Err(unreadable("it is empty".into()));
+    }
+    Ok((username, Some(Secret(password.into()))))
+}
+
+pub(super) fn bad(what: impl Into<String>) -> Error {
     Error::invalid(what.into()).advise(FORM)
 }
 
-fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     if text.contains('@') {
         // An unescaped /, ? or # in a password ends the part of the URL that it stands in.
         return "(not shown, as it may be a part of a password: write / ? # and @ in it as %2F %3F %23 and %40)"
@@ -209,7 +284,7 @@ fn shown(text: &str) -> String {
     Escaped(text.as_bytes()).to_string()
 }
 
-fn non_empty(text: String) -> Option<String> {
+pub(super) fn non_empty(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
@@ -227,12 +302,17 @@ fn address(url: &Url) -> Result<Address> {
         }
         other => return Err(bad(format!("unknown scheme {}", shown(other)))),
     };
+    let (host, port) = host_of(url, 6379)?;
+    Ok(Address::Tcp { host, port, tls })
+}
+
+pub(super) fn host_of(url: &Url, default_port: u16) -> Result<(String, u16)> {
     let host = match url.host() {
         Some(url::Host::Ipv6(address)) => address.to_string(),
         Some(host) => decoded(&host.to_string(), "host")?,
         None => return Err(bad("the host is missing")),
     };
-    Ok(Address::Tcp { host, port: url.port().unwrap_or(6379), tls })
+    Ok((host, url.port().unwrap_or(default_port)))
 }
 
 fn database(text: &str) -> Result<u32> {
@@ -242,7 +322,7 @@ fn database(text: &str) -> Result<u32> {
     text.parse().map_err(|_| bad(format!("the database {} is no number", shown(text))))
 }
 
-fn file(text: &str, part: &str) -> Result<PathBuf> {
+pub(super) fn file(text: &str, part: &str) -> Result<PathBuf> {
     if text.is_empty() {
         return Err(bad(format!("{part} names no file")));
     }
@@ -272,7 +352,7 @@ fn checked_timeout(span: Duration) -> Result<Duration> {
     Err(bad(format!("the timeout {span:?} is out of range: 1 ms to 10 minutes")))
 }
 
-fn decoded(text: &str, part: &str) -> Result<String> {
+pub(super) fn decoded(text: &str, part: &str) -> Result<String> {
     String::from_utf8(percent_decoded(text))
         .map_err(|_| bad(format!("the {part} is no text when percent-decoded")))
 }

@@ -1,4 +1,5 @@
-//! One connection to the server, redialled when it is broken, and never waited for when the server is down.
+//! One connection to the server, redialled when it is broken, and never waited for when the server is down. Where the
+//! server is, sentinels may say.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,7 +19,8 @@ use tokio::sync::{Notify, watch};
 
 use super::combine::{Counter, Job, Patience, Unanswered};
 use super::config::{Address, RedisConfig};
-use super::reply;
+use super::reply::{self, Refusal};
+use super::sentinel::{self, Host, Sentinels};
 use super::waiting::Waiting;
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
@@ -42,11 +44,36 @@ pub(super) struct Link {
     subscribed: AtomicBool,
     /// Held while the subscription changes.
     subscribing: tokio::sync::Mutex<()>,
+    /// Where it leads.
+    pub(super) address: Address,
+    /// Rung when it is given up though it may not have broken, where sentinels may say so.
+    given_up: Option<Notify>,
 }
 
 impl Link {
     pub(super) fn is_open(&self) -> bool {
         !self.closed.load(Ordering::Acquire)
+    }
+
+    /// What `work` on this connection gives; `None` if the connection was given up before. Where nobody can say so it costs
+    /// nothing.
+    async fn unless_given_up<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let Some(given_up) = &self.given_up else { return Some(work.await) };
+        // Boxed, for the room of the two together.
+        Box::pin(async {
+            let given_up = given_up.notified();
+            tokio::pin!(given_up, work);
+            given_up.as_mut().enable();
+            if !self.is_open() {
+                return None;
+            }
+            tokio::select! {
+                biased;
+                out = &mut work => Some(out),
+                () = &mut given_up => None,
+            }
+        })
+        .await
     }
 
     /// Whether the server speaks the protocol that messages need.
@@ -121,6 +148,14 @@ impl Connector {
         self.disturbed.notified().await;
     }
 
+    /// The sentinels that are asked where the server is, if there are any.
+    pub(super) fn sentinels(&self) -> Option<&Sentinels> {
+        match &self.config.address {
+            Address::Sentinel(sentinels) => Some(sentinels),
+            Address::Tcp { .. } | Address::Unix(_) => None,
+        }
+    }
+
     fn slot(&self) -> MutexGuard<'_, Slot> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -171,6 +206,12 @@ impl Connector {
                     "is the server reachable, and does TLS (rediss:) or its absence (redis:) fit this port?",
                 )),
             };
+            if let Ok(link) = &outcome {
+                this.waiting.connected(link.generation);
+                if link.generation > 1 {
+                    this.disturbed.notify_one();
+                }
+            }
             *this.slot() = match &outcome {
                 Ok(link) => Slot::Up(link.clone()),
                 Err(_) => Slot::Down,
@@ -180,10 +221,19 @@ impl Connector {
         receiver
     }
 
-    async fn dial(&self) -> Result<Arc<Link>> {
-        let outcome = match self.dial_speaking(ProtocolVersion::RESP3).await? {
+    async fn dial(self: &Arc<Self>) -> Result<Arc<Link>> {
+        let outcome = match &self.config.address {
+            Address::Sentinel(sentinels) => sentinel::dial(self, sentinels).await,
+            address => self.dial_to(address).await,
+        };
+        outcome.map_err(|error| error.on_store(&self.location))
+    }
+
+    /// Dials the server at an address.
+    pub(super) async fn dial_to(&self, address: &Address) -> Result<Arc<Link>> {
+        let outcome = match self.dial_speaking(address, ProtocolVersion::RESP3).await? {
             Err(error) if reply::is_unknown_hello(&error) => {
-                self.dial_speaking(ProtocolVersion::RESP2).await?
+                self.dial_speaking(address, ProtocolVersion::RESP2).await?
             }
             outcome => outcome,
         };
@@ -191,17 +241,16 @@ impl Connector {
             Ok(link) => Ok(link),
             Err(error) => {
                 let is_cut = error.is_connection_dropped() && !error.is_connection_refusal();
-                let farewell = if is_cut { self.farewell().await } else { None };
-                Err(reply::not_connected(&error, farewell, self.config.username.as_deref())
-                    .on_store(&self.location))
+                let farewell = if is_cut { self.farewell(address).await } else { None };
+                Err(reply::not_connected(&error, farewell, self.config.username.as_deref()))
             }
         }
     }
 
     /// What the server says to a client that it turns away at the door. Our own first command makes the kernel throw
     /// those words away, so a second look listens only.
-    async fn farewell(&self) -> Option<String> {
-        let Address::Tcp { host, port, tls: false } = &self.config.address else { return None };
+    async fn farewell(&self, address: &Address) -> Option<String> {
+        let Address::Tcp { host, port, tls: false } = address else { return None };
         let mut words = Vec::new();
         let deadline = clock::now().plus(Duration::from_millis(200).min(self.timeout() / 4));
         let _ = clock::timeout_at(deadline, async {
@@ -212,10 +261,13 @@ impl Connector {
         (!words.is_empty()).then_some(words)
     }
 
-    async fn dial_speaking(&self, protocol: ProtocolVersion) -> Result<Result<Arc<Link>, RedisError>> {
-        let on_store = |error: Error| error.on_store(&self.location);
-        let login = self.login(protocol).map_err(on_store)?;
-        let client = match self.client(login).map_err(on_store)? {
+    async fn dial_speaking(
+        &self,
+        address: &Address,
+        protocol: ProtocolVersion,
+    ) -> Result<Result<Arc<Link>, RedisError>> {
+        let login = self.login(protocol)?;
+        let client = match self.client(address, login)? {
             Ok(client) => client,
             Err(error) => return Ok(Err(error)),
         };
@@ -247,10 +299,6 @@ impl Connector {
         }
         let dialled = client.get_multiplexed_async_connection_with_config(&options).await;
         Ok(dialled.map(|connection| {
-            self.waiting.connected(generation);
-            if generation > 1 {
-                self.disturbed.notify_one();
-            }
             let counter = Counter::open(connection.clone(), closed.clone());
             Arc::new(Link {
                 connection,
@@ -262,11 +310,13 @@ impl Connector {
                 refuses: AtomicBool::new(false),
                 subscribed: AtomicBool::new(false),
                 subscribing: tokio::sync::Mutex::new(()),
+                address: address.clone(),
+                given_up: self.sentinels().map(|_| Notify::new()),
             })
         }))
     }
 
-    fn login(&self, protocol: ProtocolVersion) -> Result<RedisConnectionInfo> {
+    pub(super) fn login(&self, protocol: ProtocolVersion) -> Result<RedisConnectionInfo> {
         let (username, password) = self.config.credentials(|name| std::env::var(name).ok())?;
         let mut login = RedisConnectionInfo::default()
             .set_protocol(protocol)
@@ -281,14 +331,22 @@ impl Connector {
         Ok(login)
     }
 
-    fn client(&self, login: RedisConnectionInfo) -> Result<Result<Client, RedisError>> {
-        let address = match &self.config.address {
+    /// A client of whatever listens at an address.
+    pub(super) fn client(
+        &self,
+        address: &Address,
+        login: RedisConnectionInfo,
+    ) -> Result<Result<Client, RedisError>> {
+        let address = match address {
             Address::Tcp { host, port, tls: false } => ConnectionAddr::Tcp(host.clone(), *port),
             Address::Tcp { host, port, tls: true } => {
                 install_tls_provider();
                 ConnectionAddr::TcpTls { host: host.clone(), port: *port, insecure: false, tls_params: None }
             }
             Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
+            Address::Sentinel(_) => {
+                return Err(Error::invalid("sentinels are asked, not dialled as a server"));
+            }
         };
         // Without nodelay the second of two small commands waits for the answer to the first; without the other two
         // a peer that vanished is noticed after a quarter of an hour.
@@ -355,8 +413,12 @@ impl Connector {
             link.closed.store(true, Ordering::Release);
             Err(Error::new(kind, "the runtime that kept the connection has ended").on_store(&self.location))
         };
-        match link.counter.submit(&link.connection, job, patience).await {
-            Ok(value) => Ok(value),
+        let Some(answer) = link.unless_given_up(link.counter.submit(&link.connection, job, patience)).await
+        else {
+            return Err(self.given_up());
+        };
+        match answer {
+            Ok(value) => Ok(self.heard(link, value)),
             Err(Unanswered::Broken(error)) => Err(self.unanswered(link, Some(error))),
             Err(Unanswered::Late) => Err(self.unanswered(link, None)),
             Err(Unanswered::NotSent) => gone(ErrorKind::Unavailable),
@@ -367,8 +429,9 @@ impl Connector {
     /// Sends one command. A refusal by the server is a value.
     pub(super) async fn send(&self, link: &Arc<Link>, command: &Cmd, deadline: Instant) -> Result<Value> {
         let mut connection = link.connection.clone();
-        match clock::timeout_at(deadline, connection.send_packed_command(command)).await {
-            Some(Ok(value)) => Ok(value),
+        let answer = clock::timeout_at(deadline, connection.send_packed_command(command));
+        match link.unless_given_up(answer).await.ok_or_else(|| self.given_up())? {
+            Some(Ok(value)) => Ok(self.heard(link, value)),
             failed => Err(self.unanswered(link, failed.and_then(Result::err))),
         }
     }
@@ -381,11 +444,76 @@ impl Connector {
         deadline: Instant,
     ) -> Result<Vec<Value>> {
         let mut connection = link.connection.clone();
-        match clock::timeout_at(deadline, connection.send_packed_commands(commands, 0, commands.len())).await
-        {
-            Some(Ok(values)) => Ok(values),
+        let answers =
+            clock::timeout_at(deadline, connection.send_packed_commands(commands, 0, commands.len()));
+        match link.unless_given_up(answers).await.ok_or_else(|| self.given_up())? {
+            Some(Ok(values)) => Ok(values.into_iter().map(|value| self.heard(link, value)).collect()),
             failed => Err(self.unanswered(link, failed.and_then(Result::err))),
         }
+    }
+
+    /// What a server says that is no master any more has the sentinels asked anew.
+    fn heard(&self, link: &Link, value: Value) -> Value {
+        let is_demoted = |value: &Value| matches!(value, Value::ServerError(error) if Refusal::of(error).is_of_no_master());
+        if self.sentinels().is_some() {
+            let inside = match &value {
+                Value::Array(answers) => answers.iter().any(is_demoted),
+                _ => false,
+            };
+            if inside || is_demoted(&value) {
+                self.give_up(link);
+            }
+        }
+        value
+    }
+
+    /// Gives up a connection, which may lead to a master that is none any more: what is under way on it fails, and the
+    /// next use dials anew.
+    fn give_up(&self, link: &Link) {
+        if link.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if let Some(given_up) = &link.given_up {
+            given_up.notify_waiters();
+        }
+        self.waiting.disconnected(link.generation);
+    }
+
+    /// A sentinel says that this is the master. A connection to another server (except to one, which it is known to call by
+    /// another name) is given up and its address returned; then, and if it is news, the master is dialled at once, so that
+    /// what is held or waited for is confirmed there.
+    pub(super) fn master_is(
+        self: &Arc<Self>,
+        master: &Host,
+        is_news: bool,
+        except: Option<&Address>,
+    ) -> Option<Address> {
+        let address = self.sentinels()?.address_of(master);
+        let stale = match &*self.slot() {
+            Slot::Up(link) if !link.is_open() => None,
+            Slot::Up(link) if link.address == address || Some(&link.address) == except => return None,
+            Slot::Up(link) => Some(link.clone()),
+            Slot::Dialling(_) | Slot::Down => None,
+        };
+        if let Some(link) = &stale {
+            tracing::info!(store = %self.location, %master, "another server is the master now");
+            self.give_up(link);
+            self.disturbed.notify_one();
+        }
+        if stale.is_some() || is_news {
+            let this = self.clone();
+            self.runtime.spawn(async move {
+                if let Err(error) = this.link(clock::now().plus(this.timeout())).await {
+                    tracing::debug!(%error, "the new master cannot be reached yet");
+                }
+            });
+        }
+        stale.map(|link| link.address.clone())
+    }
+
+    fn given_up(&self) -> Error {
+        Error::new(ErrorKind::Unknown, "another server became the master before the answer came")
+            .on_store(&self.location)
     }
 
     /// The command may have been run or not: nobody can tell from here.

@@ -9,6 +9,7 @@ use super::RedisStore;
 use super::connection::Link;
 use super::look::Facts;
 use super::reply::{self, Refusal};
+use super::sentinel;
 use crate::clock;
 use crate::error::Result;
 use crate::types::{Finding, Name, Persistence, Severity};
@@ -18,18 +19,18 @@ const PINGS: usize = 20;
 
 impl RedisStore {
     pub(super) async fn findings(&self) -> Vec<Finding> {
-        match self.look_over().await {
-            Ok(findings) => findings,
-            Err(error) => vec![Finding::new(
-                "reach",
-                Severity::Failure,
-                error.to_string(),
-                "no lock can be taken or kept",
-            )],
-        }
+        let (mut findings, link) = match self.look_over().await {
+            Ok((findings, link)) => (findings, Some(link)),
+            Err(error) => {
+                let meaning = "no lock can be taken or kept";
+                (vec![Finding::new("reach", Severity::Failure, error.to_string(), meaning)], None)
+            }
+        };
+        findings.extend(sentinel::look_over(&self.connector, link).await);
+        findings
     }
 
-    async fn look_over(&self) -> Result<Vec<Finding>> {
+    async fn look_over(&self) -> Result<(Vec<Finding>, Arc<Link>)> {
         let deadline = self.deadline(None);
         let link = self.connector.link(deadline).await?;
         let mut findings =
@@ -50,7 +51,7 @@ impl RedisStore {
         findings.push(self.round_trip(&link).await?);
         findings.extend(self.rights(&link).await?);
         findings.push(self.extras(&link).await?);
-        Ok(findings)
+        Ok((findings, link))
     }
 
     async fn login(&self, link: &Arc<Link>) -> Result<Finding> {
@@ -270,7 +271,7 @@ fn trials(lock: &[u8], side: &[u8], index: &[u8]) -> Vec<(&'static str, Cmd)> {
     ]
 }
 
-fn server_time(answer: &Value) -> Option<Duration> {
+pub(super) fn server_time(answer: &Value) -> Option<Duration> {
     let Value::Array(parts) = answer else { return None };
     let mut parts = parts.iter().map(|part| reply::text(part)?.parse::<u64>().ok());
     Some(Duration::from_secs(parts.next()??) + Duration::from_micros(parts.next()??))

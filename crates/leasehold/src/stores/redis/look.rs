@@ -122,7 +122,8 @@ pub(super) async fn guarantees(connector: &Arc<Connector>) -> Result<Guarantees>
     guarantees.least_ttl = LEAST_TTL;
     guarantees.most_ttl = MOST_TTL;
     guarantees.may_evict = facts.may_evict();
-    guarantees.lost_at_failover = facts.is_replica() || facts.replicas() != Some(0);
+    guarantees.lost_at_failover =
+        connector.sentinels().is_some() || facts.is_replica() || facts.replicas() != Some(0);
     // Only a trial tells whether this user may be called on this server.
     let deadline = clock::now().plus(connector.timeout());
     guarantees.fifo = connector.subscribe(&connector.link(deadline).await?, deadline).await?;

@@ -12,8 +12,10 @@ mod keys;
 mod listing;
 mod look;
 mod refresh;
+mod replicas;
 mod reply;
 mod script;
+mod sentinel;
 mod waiting;
 
 use std::fs::File;
@@ -29,17 +31,19 @@ pub use config::{DEFAULT_TIMEOUT, PASSWORD_VARIABLE, RedisConfig, USERNAME_VARIA
 pub use fence::{FENCED_SET, RedisFence};
 #[doc(hidden)]
 pub use keys::{KeyNames, key_names};
+pub use sentinel::{SENTINEL_PASSWORD_VARIABLE, SENTINEL_USERNAME_VARIABLE};
 
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{HAND_OFF_TTL, Store, Woken};
 use crate::types::{
     Acquired, Claim, FencingToken, Finding, Grant, Guarantees, Held, LockView, MAX_RECORD_BYTES, Page, Query,
-    Released, Renewal, Ticket,
+    Released, Renewal, Replication, Ticket,
 };
 use combine::{Job, Patience, Verb};
 use connection::{Connector, Link};
 use keys::{Keys, Keyspace, owner};
+use replicas::Aside;
 use reply::{Occupant, Refusal};
 use script::By;
 use waiting::{Attempt, Seen, Waiting};
@@ -59,6 +63,7 @@ pub struct RedisStore {
     username: Option<String>,
     guarantees: Guarantees,
     waiting: Arc<Waiting>,
+    aside: Aside,
 }
 
 impl RedisStore {
@@ -77,8 +82,10 @@ impl RedisStore {
         let waiting = Arc::new(Waiting::new());
         let connector = Connector::new(config, runtime, waiting.clone());
         let guarantees = look::guarantees(&connector).await?;
-        let store = Arc::new(Self { connector, keyspace, username, guarantees, waiting });
+        let store =
+            Arc::new(Self { connector, keyspace, username, guarantees, waiting, aside: Aside::default() });
         refresh::attend(&store);
+        sentinel::attend(&store.connector);
         Ok(store)
     }
 
@@ -112,6 +119,18 @@ impl RedisStore {
     }
 
     fn accepted(&self, value: Value) -> Result<Value> {
+        if self.connector.sentinels().is_some()
+            && let Value::ServerError(error) = &value
+            && Refusal::of(error).ends_with_failover()
+        {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "a failover is under way: this server takes no writes",
+            )
+            .on_store(&self.connector.location)
+            .caused_by(Refusal::of(error))
+            .advise("the sentinels are asked again where the master is"));
+        }
         reply::accepted(value, self.username.as_deref())
             .map_err(|error| error.on_store(&self.connector.location))
     }
@@ -478,6 +497,12 @@ impl Store for RedisStore {
 
     async fn release(&self, held: &Held) -> Result<Released> {
         self.release_once(held)
+            .await
+            .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
+    }
+
+    async fn replicate(&self, held: &Held, wish: &Replication) -> Result<u32> {
+        self.replicate_once(held, wish)
             .await
             .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
     }

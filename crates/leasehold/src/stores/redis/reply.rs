@@ -35,6 +35,16 @@ impl Refusal {
         self.code == "NOSCRIPT"
     }
 
+    /// Whether only a server says so that is no master.
+    pub(super) fn is_of_no_master(&self) -> bool {
+        matches!(self.code.as_str(), "READONLY" | "MASTERDOWN")
+    }
+
+    /// Whether it will pass with the failover that it is a part of.
+    pub(super) fn ends_with_failover(&self) -> bool {
+        self.is_of_no_master() || matches!(self.code.as_str(), "LOADING" | "NOREPLICAS")
+    }
+
     /// Whether a right is lacking: `NOPERM`, or how version 7 says it of a command in a script.
     pub(super) fn is_lacking_right(&self) -> bool {
         self.code == "NOPERM"

@@ -26,6 +26,7 @@ script!(RELEASE, "release_plain.lua", "line.lua", "release.lua");
 script!(REFRESH, "line.lua", "refresh.lua");
 script!(INSPECT, "inspect.lua");
 script!(LIST, "list.lua");
+script!(REPLICATE, "replicate.lua");
 script!(FENCED_SET, "fenced_set.lua");
 
 /// How a script is named in a call.

@@ -1,0 +1,375 @@
+//! Where the master is: asked of sentinels at every dial, and listened for while there is a connection.
+
+mod address;
+mod findings;
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::{
+    AsyncConnectionConfig, ProtocolVersion, PushInfo, PushKind, RedisConnectionInfo, RedisError, Value,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+pub(super) use address::{Host, SENTINEL_FORM, Sentinels};
+pub use address::{SENTINEL_PASSWORD_VARIABLE, SENTINEL_USERNAME_VARIABLE};
+pub(super) use findings::look_over;
+
+use super::config::{Address, RedisConfig};
+use super::connection::{Connector, Link};
+use super::reply::{self, Refusal};
+use crate::clock::{self, Instant};
+use crate::error::{Error, ErrorKind, Result};
+use crate::types::Escaped;
+
+/// While a dial goes on, how long after one question the sentinels are asked again: the master may be frozen, and another
+/// server take its place meanwhile.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
+/// How often the sentinel that is listened to is asked, too: it may be cut off, or have overslept its own message.
+const CHECK_EVERY: Duration = Duration::from_secs(2);
+/// Between a sentinel that does not answer and the next, at first and at most.
+const NEXT_LEAST: Duration = Duration::from_millis(100);
+const NEXT_MOST: Duration = Duration::from_secs(3);
+/// What sentinels say when another server is the master, and, a little earlier, when one of them has made it so.
+const CHANNELS: [&str; 2] = ["+switch-master", "+promoted-slave"];
+
+impl Sentinels {
+    /// The server at that host.
+    pub(super) fn address_of(&self, host: &Host) -> Address {
+        Address::Tcp { host: host.name.clone(), port: host.port, tls: self.tls }
+    }
+}
+
+/// What came out of a part of a dial.
+enum Step {
+    /// What a sentinel, by its number, said.
+    Heard(usize, Result<Host>),
+    Reached(Host, Result<Arc<Link>>),
+}
+
+/// Dials the master: asks all sentinels at once, dials whatever they name, and takes the first that says of itself that it
+/// is a master. A sentinel or a server that does not answer keeps nobody waiting who does.
+pub(super) async fn dial(connector: &Arc<Connector>, sentinels: &Sentinels) -> Result<Arc<Link>> {
+    // Before the dial's own time is up, so that there is time to say what went wrong.
+    let last = clock::now().plus(connector.timeout() * 7 / 8);
+    let mut steps = JoinSet::new();
+    let mut asked: HashSet<usize> = HashSet::new();
+    let mut said: HashMap<usize, Result<Host>> = HashMap::new();
+    let mut servers: HashMap<Host, Option<Error>> = HashMap::new();
+    let mut ask_at = clock::now();
+    loop {
+        if clock::now() >= ask_at {
+            for number in 0..sentinels.hosts.len() {
+                if asked.insert(number) {
+                    let connector = connector.clone();
+                    steps.spawn(async move { Step::Heard(number, ask(&connector, number).await) });
+                }
+            }
+            ask_at = clock::now().plus(ASK_AGAIN);
+        }
+        let Some(step) = clock::timeout_at(ask_at.min(last), steps.join_next()).await else {
+            if clock::now() >= last {
+                break;
+            }
+            continue;
+        };
+        match step {
+            // All have said what they have to say.
+            None => break,
+            Some(Ok(Step::Heard(number, answer))) => {
+                asked.remove(&number);
+                if let Ok(host) = &answer
+                    && !matches!(servers.get(host), Some(None))
+                {
+                    servers.insert(host.clone(), None);
+                    let (connector, host) = (connector.clone(), host.clone());
+                    let address = sentinels.address_of(&host);
+                    steps.spawn(async move { Step::Reached(host, reach(&connector, &address, last).await) });
+                }
+                said.insert(number, answer);
+            }
+            Some(Ok(Step::Reached(_, Ok(link)))) => return Ok(link),
+            Some(Ok(Step::Reached(host, Err(error)))) => drop(servers.insert(host, Some(error))),
+            Some(Err(_)) => {}
+        }
+    }
+    Err(verdict(sentinels, &said, &servers))
+}
+
+/// Why there is no master, with what each sentinel said.
+fn verdict(
+    sentinels: &Sentinels,
+    said: &HashMap<usize, Result<Host>>,
+    servers: &HashMap<Host, Option<Error>>,
+) -> Error {
+    let mut words = format!("no master {} was found:", sentinels.master);
+    let mut refusals = 0;
+    for (number, sentinel) in sentinels.hosts.iter().enumerate() {
+        let mark = if number == 0 { "" } else { ";" };
+        let _ = write!(words, "{mark} sentinel {sentinel} ");
+        let _ = match said.get(&number) {
+            None => write!(words, "did not answer in time"),
+            Some(Err(error)) => {
+                refusals += usize::from(!error.is_transient());
+                write!(words, "says nothing: {error}")
+            }
+            Some(Ok(host)) => match servers.get(host) {
+                Some(Some(error)) => write!(words, "names {host}, and that did not serve: {error}"),
+                _ => write!(words, "names {host}, and that did not answer in time"),
+            },
+        };
+    }
+    // A server that refuses the login is mended by nobody's waiting; one that is being replaced is.
+    let hard = servers.values().flatten().any(|error| error.kind() == ErrorKind::Rejected);
+    let kind =
+        if refusals == sentinels.hosts.len() || hard { ErrorKind::Rejected } else { ErrorKind::Unavailable };
+    Error::new(kind, words)
+}
+
+/// Dials a server, and makes sure that it is a master.
+async fn reach(connector: &Arc<Connector>, address: &Address, last: Instant) -> Result<Arc<Link>> {
+    let late = || Error::new(ErrorKind::Unavailable, "no answer came in time");
+    let link = clock::timeout_at(last, connector.dial_to(address)).await.ok_or_else(late)??;
+    let answer = connector.send(&link, &redis::cmd("ROLE"), last).await?;
+    let role = match &answer {
+        Value::Array(parts) => parts.first().and_then(reply::text),
+        Value::ServerError(error) if Refusal::of(error).is_of_no_master() => Some(error.code().to_owned()),
+        Value::ServerError(error) => return Err(Refusal::of(error).into_error(None)),
+        _ => None,
+    };
+    match role.as_deref() {
+        Some("master") => Ok(link),
+        role => {
+            let role = Escaped(role.unwrap_or("something else").as_bytes()).to_string();
+            let what = format!("it is no master but says {role}");
+            Err(Error::new(ErrorKind::Unavailable, what))
+        }
+    }
+}
+
+/// Asks one sentinel, on a connection of its own.
+async fn ask(connector: &Arc<Connector>, number: usize) -> Result<Host> {
+    let deadline = clock::now().plus(connector.timeout() / 2);
+    let mut connection = open(connector, number, ProtocolVersion::RESP2, None, deadline)
+        .await?
+        .map_err(|error| refused(&error))?;
+    master(connector, &mut connection, deadline).await
+}
+
+/// A connection to a sentinel. What it sends unasked goes to `events`.
+pub(super) async fn open(
+    connector: &Connector,
+    number: usize,
+    protocol: ProtocolVersion,
+    events: Option<mpsc::UnboundedSender<PushInfo>>,
+    deadline: Instant,
+) -> Result<Result<MultiplexedConnection, RedisError>> {
+    let Some(sentinels) = connector.sentinels() else { return Err(Error::invalid("there are no sentinels")) };
+    let (username, password) = RedisConfig::sentinel_credentials(sentinels, |name| std::env::var(name).ok())?;
+    let mut login = RedisConnectionInfo::default().set_protocol(protocol);
+    if let Some(username) = username {
+        login = login.set_username(username);
+    }
+    if let Some(password) = password {
+        login = login.set_password(password.expose());
+    }
+    let client = match connector.client(&sentinels.address_of(&sentinels.hosts[number]), login)? {
+        Ok(client) => client,
+        Err(error) => return Ok(Err(error)),
+    };
+    let mut options = AsyncConnectionConfig::new().set_connection_timeout(None).set_response_timeout(None);
+    if let Some(events) = events {
+        options = options.set_push_sender(events);
+    }
+    let dialled = client.get_multiplexed_async_connection_with_config(&options);
+    clock::timeout_at(deadline, dialled).await.ok_or_else(unheard)
+}
+
+fn unheard() -> Error {
+    Error::new(ErrorKind::Unavailable, "no answer came in time")
+}
+
+/// Why a sentinel could not be dialled.
+pub(super) fn refused(error: &RedisError) -> Error {
+    let error = reply::not_connected(error, None, None);
+    if error.kind() == ErrorKind::Rejected { error.advise(LOGIN_ADVICE) } else { error }
+}
+
+const LOGIN_ADVICE: &str =
+    "the sentinels have a login of their own: sentinel_user, and sentinel_password or sentinel_password_file";
+
+/// What a sentinel answers to a command.
+pub(super) async fn question(
+    connection: &mut MultiplexedConnection,
+    words: &[&str],
+    deadline: Instant,
+) -> Result<Value> {
+    let mut command = redis::cmd("SENTINEL");
+    command.arg(words);
+    match clock::timeout_at(deadline, connection.send_packed_command(&command)).await {
+        None => Err(unheard()),
+        Some(Err(error)) => {
+            Err(Error::new(ErrorKind::Unavailable, "the connection broke before it answered")
+                .caused_by(error))
+        }
+        Some(Ok(Value::ServerError(error))) => {
+            let refusal = Refusal::of(&error);
+            let advice = match refusal.code.as_str() {
+                "NOAUTH" | "NOPERM" | "WRONGPASS" => Some(LOGIN_ADVICE),
+                "NOQUORUM" => None,
+                _ => Some("is it a sentinel?"),
+            };
+            let refused = Error::new(ErrorKind::Rejected, "it refused the question").caused_by(refusal);
+            Err(match advice {
+                Some(advice) => refused.advise(advice),
+                None => refused,
+            })
+        }
+        Some(Ok(answer)) => Ok(answer),
+    }
+}
+
+/// Where a sentinel says that the master is.
+async fn master(
+    connector: &Connector,
+    connection: &mut MultiplexedConnection,
+    deadline: Instant,
+) -> Result<Host> {
+    let name = connector.sentinels().map_or("", |sentinels| sentinels.master.as_str());
+    let answer = question(connection, &["GET-MASTER-ADDR-BY-NAME", name], deadline).await?;
+    if let Value::Nil = answer {
+        let unknown = Error::new(ErrorKind::Rejected, format!("it knows no master of the name {name}"));
+        return Err(unknown.advise("`SENTINEL MASTERS` lists the names it knows"));
+    }
+    read_host(&answer).ok_or_else(|| reply::unexpected(&answer))
+}
+
+fn read_host(answer: &Value) -> Option<Host> {
+    let Value::Array(parts) = answer else { return None };
+    let [name, port] = parts.as_slice() else { return None };
+    Some(Host { name: reply::text(name)?, port: reply::text(port)?.parse().ok()? })
+}
+
+/// Has the sentinels listened to for as long as there is a connector, if it goes by sentinels.
+pub(super) fn attend(connector: &Arc<Connector>) {
+    if connector.sentinels().is_some() {
+        connector.runtime().spawn(listen(Arc::downgrade(connector)));
+    }
+}
+
+/// Listens to one sentinel after the other, to each as long as it answers.
+async fn listen(connector: Weak<Connector>) {
+    let (mut number, mut pause) = (0, NEXT_LEAST);
+    loop {
+        {
+            let Some(alive) = connector.upgrade() else { return };
+            let count = alive.sentinels().map_or(1, |sentinels| sentinels.hosts.len());
+            number %= count;
+        }
+        if follow(&connector, number).await {
+            pause = NEXT_LEAST;
+        }
+        number += 1;
+        clock::sleep(pause / 2 + clock::jitter(pause / 2)).await;
+        pause = (pause * 2).min(NEXT_MOST);
+    }
+}
+
+/// Listens to one sentinel until it does not answer; true if it did at first.
+async fn follow(connector: &Weak<Connector>, number: usize) -> bool {
+    let (sender, mut events) = mpsc::unbounded_channel();
+    let (mut known, mut except) = (None, None);
+    let Some(mut connection) = subscribe(connector, number, sender.clone()).await else { return false };
+    loop {
+        let Some(alive) = connector.upgrade() else { return true };
+        let deadline = clock::now().plus(alive.timeout() / 2);
+        let Ok(master) = master(&alive, &mut connection, deadline).await else { return known.is_some() };
+        let is_news = known.as_ref() != Some(&master);
+        if is_news {
+            except = None;
+        }
+        // Sentinels that call one server by several names must not end the connection again and again.
+        if let Some(given_up) = alive.master_is(&master, is_news, except.as_ref()) {
+            except = Some(given_up);
+        }
+        known = Some(master);
+        drop(alive);
+        let event = clock::timeout_at(clock::now().plus(CHECK_EVERY), next_event(&mut events)).await;
+        if event == Some(Event::Ended) {
+            return true;
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Event {
+    /// Something happened to one of its masters.
+    News,
+    Ended,
+}
+
+async fn next_event(events: &mut mpsc::UnboundedReceiver<PushInfo>) -> Event {
+    loop {
+        match events.recv().await.map(|event| event.kind) {
+            Some(PushKind::Disconnection) | None => return Event::Ended,
+            Some(PushKind::Message) => return Event::News,
+            Some(_) => {}
+        }
+    }
+}
+
+/// A connection to a sentinel that tells of failovers. One that cannot (before Redis 6) is only asked.
+async fn subscribe(
+    connector: &Weak<Connector>,
+    number: usize,
+    sender: mpsc::UnboundedSender<PushInfo>,
+) -> Option<MultiplexedConnection> {
+    let alive = connector.upgrade()?;
+    let deadline = clock::now().plus(alive.timeout() / 2);
+    let opened = open(&alive, number, ProtocolVersion::RESP3, Some(sender), deadline).await;
+    let mut connection = match opened {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) if reply::is_unknown_hello(&error) => {
+            return open(&alive, number, ProtocolVersion::RESP2, None, deadline).await.ok()?.ok();
+        }
+        Ok(Err(error)) => {
+            tracing::debug!(number, %error, "this sentinel cannot be listened to");
+            return None;
+        }
+        Err(error) => {
+            tracing::debug!(number, %error, "this sentinel cannot be listened to");
+            return None;
+        }
+    };
+    let mut subscribe = redis::cmd("SUBSCRIBE");
+    subscribe.arg(&CHANNELS);
+    match clock::timeout_at(deadline, connection.send_packed_command(&subscribe)).await {
+        Some(Ok(Value::ServerError(error))) => {
+            tracing::warn!(%error, "a sentinel's messages may not be read, and it is only asked");
+            Some(connection)
+        }
+        Some(Ok(_)) => Some(connection),
+        Some(Err(_)) | None => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sentinels_answer_is_a_host_and_a_port() {
+        let text = |text: &str| Value::BulkString(text.into());
+        let host = |answer: Value| read_host(&answer).map(|host| host.to_string());
+        assert_eq!(host(Value::Array(vec![text("::1"), text("7000")])).as_deref(), Some("[::1]:7000"));
+        for nonsense in
+            [Value::Nil, text("h"), Value::Array(vec![text("h")]), Value::Array(vec![text("h"), text("x")])]
+        {
+            assert_eq!(host(nonsense), None);
+        }
+    }
+}
