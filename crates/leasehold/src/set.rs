@@ -116,6 +116,21 @@ impl MutexSet {
         self.with(|each| each.deadlock_after(wait))
     }
 
+    /// As [`Mutex::replicas`], for each lock.
+    pub fn replicas(self, count: u32, timeout: Duration) -> Self {
+        self.with(|each| each.replicas(count, timeout))
+    }
+
+    /// As [`Mutex::require_replicas`], for each lock.
+    pub fn require_replicas(self, count: u32, timeout: Duration) -> Self {
+        self.with(|each| each.require_replicas(count, timeout))
+    }
+
+    /// As [`Mutex::replicas_on_disk`].
+    pub fn replicas_on_disk(self, on_disk: bool) -> Self {
+        self.with(|each| each.replicas_on_disk(on_disk))
+    }
+
     /// The names, each once, in the order asked.
     ///
     /// # Errors

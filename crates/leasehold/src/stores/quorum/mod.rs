@@ -28,7 +28,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Store, Woken};
 use crate::types::{
     Acquired, BALLOT_AHEAD, Claim, FencingToken, Finding, Guarantees, Held, LockView, Name, Page, Query,
-    Released, Renewal, Ticket,
+    Released, Renewal, Ticket, stable_hash,
 };
 use attempt::Table;
 use node::Node;
@@ -259,15 +259,7 @@ impl Shared {
 
 /// The nodes in the order in which all who want this lock prefer them: by the hash of node and name (rendezvous hashing).
 fn preference(nodes: &[Arc<Node>], name: &Name) -> Vec<usize> {
-    // FNV-1a, and a last stir, since its low bits are poor: any fixed hash will do, but it must be the same everywhere.
-    let hash = |node: &Arc<Node>| {
-        let bytes = node.location().as_bytes().iter().chain([&0]).chain(name.as_bytes());
-        let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
-        });
-        hash = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-        hash ^ (hash >> 33)
-    };
+    let hash = |node: &Arc<Node>| stable_hash(node.location().as_bytes(), name.as_bytes());
     let mut order: Vec<(u64, usize)> = nodes.iter().map(|node| (hash(node), node.index)).collect();
     order.sort_unstable();
     order.into_iter().map(|(_, index)| index).collect()

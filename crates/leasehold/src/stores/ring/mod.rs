@@ -12,13 +12,13 @@ use std::fs::File;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use futures_util::future::{join_all, select_all};
+use futures_util::future::{join, join_all, select_all};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Store, Woken};
 use crate::types::{
-    Acquired, Claim, Finding, Guarantees, Held, LockView, Name, Page, Query, Released, Renewal, Severity,
-    Ticket, stable_hash,
+    Acquired, Claim, Finding, Guarantees, Held, LockView, Name, Page, Query, Released, Renewal, Replication,
+    Severity, Ticket, stable_hash,
 };
 use moving::{Legs, Moving, Pair};
 
@@ -299,6 +299,21 @@ impl Store for RingStore {
             self.give_up(lost).await;
         }
         all
+    }
+
+    async fn replicate(&self, held: &Held, wish: &Replication) -> Result<u32> {
+        match self.place(&held.name) {
+            Place::At(node) => self.nodes[node].store.replicate(held, wish).await,
+            Place::Moving(was, will) => match self.moving.legs(held) {
+                Legs::Gone => Err(Error::new(ErrorKind::Lost, "the lock was lost").for_name(&held.name)),
+                Legs::Both(old, new) => {
+                    let pair = self.pair(was, will);
+                    let (old, new) =
+                        join(pair.old.replicate(&old, wish), pair.new.replicate(&new, wish)).await;
+                    Ok(old?.min(new?))
+                }
+            },
+        }
     }
 
     async fn release(&self, held: &Held) -> Result<Released> {
