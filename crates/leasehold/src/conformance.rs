@@ -69,6 +69,8 @@ clauses! {
 }
 
 const TTL: Duration = Duration::from_secs(30);
+/// How long one who gives up stands in line at most: far shorter than a lease.
+const MOMENT: Duration = Duration::from_millis(100);
 
 /// A name that no other test and no other run has.
 fn fresh(what: &str) -> Name {
@@ -490,6 +492,8 @@ pub async fn a_cancelled_acquire_leaves_nothing(store: &dyn Store) {
                     .await;
             }
         };
+        // Once it is in line nothing need wake it for a long time: it is given up while the lock is still held.
+        let lined_up = clock::timeout_at(clock::now().plus(MOMENT), lined_up);
         poll_so_often(lined_up, polls).await;
         assert_eq!(released(store, &Held::unanswered(&waiting)).await, Released::HeldByOther);
         let patient = claim(&name, TTL).with_queue(true);

@@ -79,6 +79,19 @@ async fn where_waiters_cannot_be_called_they_ask_again_and_nobody_stands_in_line
 }
 
 #[tokio::test]
+async fn who_wants_no_line_has_none_and_is_told_so() {
+    let server = RedisServer::start();
+    let locks = leasehold::connect(&format!("{}?line=no", server.url())).await.unwrap();
+    assert!(!locks.guarantees().fifo);
+    let findings = locks.diagnose().await;
+    assert!(findings.iter().any(|finding| finding.found.contains("line=no")), "{findings:#?}");
+    assert!(findings.iter().all(|finding| finding.severity < Severity::Failure), "{findings:#?}");
+    assert!(leasehold::connect(&format!("{}?line=yes", server.url())).await.unwrap().guarantees().fifo);
+    let error = leasehold::connect(&format!("{}?line=maybe", server.url())).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("yes or no"), "{error}");
+}
+
+#[tokio::test]
 async fn the_newer_protocol_cannot_be_forbidden_to_a_user() {
     let (server, user) = without("-hello");
     assert!(connect(&server, user).await.guarantees().fifo, "HELLO is asked for no right");

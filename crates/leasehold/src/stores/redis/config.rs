@@ -18,8 +18,7 @@ pub const USERNAME_VARIABLE: &str = "LEASEHOLD_REDIS_USERNAME";
 /// Used where the URL has no password.
 pub const PASSWORD_VARIABLE: &str = "LEASEHOLD_REDIS_PASSWORD";
 
-const FORM: &str =
-    "redis://[user[:password]@]host[:port][/database][?prefix=..&timeout=2s&ca=FILE&password_file=FILE]";
+const FORM: &str = "redis://[user[:password]@]host[:port][/database][?prefix=..&timeout=2s&ca=FILE&password_file=FILE&line=no]";
 
 /// A text that nothing prints.
 #[derive(Clone, PartialEq, Eq)]
@@ -75,13 +74,16 @@ pub struct RedisConfig {
     pub(super) database: u32,
     pub(super) prefix: Vec<u8>,
     pub(super) timeout: Duration,
+    /// Whether waiters stand in line.
+    pub(super) line: bool,
 }
 
 impl RedisConfig {
     /// Reads a URL, without any I/O: files that it names are read when the store connects.
     ///
     /// Schemes: `redis`, `valkey` (TCP), `rediss`, `valkeys` (TLS), `redis+unix`, `unix` (a socket's path).
-    /// The default port is 6379. Parameters: `prefix`, `timeout` (default `2s`), `ca`, `password_file`, and for a socket `db` and `user`.
+    /// The default port is 6379. Parameters: `prefix`, `timeout` (default `2s`), `ca`, `password_file`,
+    /// `line` (`yes`, the default, or `no`: as [`without_line`](Self::without_line)), and for a socket `db` and `user`.
     ///
     /// With `+sentinel` after the scheme it names sentinels, separated by commas (default port 26379), and in its path the
     /// master: `redis+sentinel://host,host2/master/database`. Then there are also `sentinel_user`, `sentinel_password` and
@@ -120,6 +122,7 @@ impl RedisConfig {
             database: 0,
             prefix: Vec::new(),
             timeout: DEFAULT_TIMEOUT,
+            line: true,
         };
         if !matches!(config.address, Address::Unix(_)) {
             config.database = database(url.path().trim_start_matches('/'))?;
@@ -149,13 +152,14 @@ impl RedisConfig {
         match key {
             "prefix" => self.prefix = percent_decoded(value),
             "timeout" => self.timeout = duration(value)?,
+            "line" => self.line = yes_or_no(value)?,
             "ca" => self.ca = Some(file(value, "ca")?),
             "password_file" => self.password_file = Some(file(value, "password_file")?),
             "db" if is_socket => self.database = database(value)?,
             "user" if is_socket => self.username = non_empty(decoded(value, "user")?),
             _ => {
                 return Err(bad(format!(
-                    "unknown parameter {} (known: prefix, timeout, ca, password_file; for a socket also db and user)",
+                    "unknown parameter {} (known: prefix, timeout, ca, password_file, line; for a socket also db and user)",
                     shown(key)
                 )));
             }
@@ -222,6 +226,15 @@ impl RedisConfig {
     pub fn with_timeout(mut self, timeout: Duration) -> Result<Self> {
         self.timeout = checked_timeout(timeout)?;
         Ok(self)
+    }
+
+    /// The same server, where no waiter stands in line: who waits asks again as its retry policy says, in no order. For the
+    /// time in which other libraries want the same locks: they get no turn while there is a line, which passes the lock on
+    /// without ever leaving it free. Default: there is a line.
+    #[must_use]
+    pub fn without_line(mut self) -> Self {
+        self.line = false;
+        self
     }
 
     /// The user and password to log in with, from the URL, else the file, else the environment.
@@ -320,6 +333,14 @@ fn database(text: &str) -> Result<u32> {
         return Ok(0);
     }
     text.parse().map_err(|_| bad(format!("the database {} is no number", shown(text))))
+}
+
+fn yes_or_no(text: &str) -> Result<bool> {
+    match text {
+        "yes" => Ok(true),
+        "no" => Ok(false),
+        _ => Err(bad(format!("line is yes or no, not {}", shown(text)))),
+    }
 }
 
 pub(super) fn file(text: &str, part: &str) -> Result<PathBuf> {

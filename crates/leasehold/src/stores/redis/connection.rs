@@ -143,6 +143,11 @@ impl Connector {
         self.config.timeout
     }
 
+    /// Whether waiters stand in line, as far as the user wants it.
+    pub(super) fn has_line(&self) -> bool {
+        self.config.line
+    }
+
     /// Resolves when a connection broke, or was replaced.
     pub(super) async fn disturbed(&self) {
         self.disturbed.notified().await;
@@ -373,7 +378,8 @@ impl Connector {
         }
         let late = || self.unanswered(link, None);
         let _turn = clock::timeout_at(deadline, link.subscribing.lock()).await.ok_or_else(late)?;
-        if link.is_subscribed() || !link.can_push || link.refuses.load(Ordering::Acquire) {
+        if link.is_subscribed() || !self.has_line() || !link.can_push || link.refuses.load(Ordering::Acquire)
+        {
             return Ok(link.is_subscribed());
         }
         let subscribe = redis::cmd("SUBSCRIBE").arg(&self.waiting.channel).to_owned();

@@ -135,6 +135,16 @@ impl RedisStore {
 
     /// Whether waiters can be called: nothing if they can.
     async fn calls(&self, link: &Arc<Link>) -> Result<Vec<Finding>> {
+        if !self.connector.has_line() {
+            let meaning =
+                "who waits asks again, as often as its retry policy says; other libraries get their turns";
+            return Ok(vec![Finding::new(
+                "waiting",
+                Severity::Note,
+                "no line: the URL says line=no",
+                meaning,
+            )]);
+        }
         let [subscribe, unsubscribe] = ["SUBSCRIBE", "UNSUBSCRIBE"].map(|verb| {
             let mut call = redis::cmd(verb);
             call.arg("leasehold:push:probe");

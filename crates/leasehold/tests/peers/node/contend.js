@@ -17,7 +17,7 @@ async function inside(folder) {
 
 // `make(client, name, ttl in ms)` gives an object with `take()`, which does not wait, and `giveBack()`.
 module.exports = async function contend(make) {
-  const [mode, port, name, folder, seconds] = process.argv.slice(2);
+  const [mode, port, name, folder] = process.argv.slice(2);
   const client = new Redis(Number(port), '127.0.0.1');
   if (mode === 'try') {
     console.log((await make(client, name, 30000).take()) ? 'true' : 'false');
@@ -26,9 +26,8 @@ module.exports = async function contend(make) {
   const lock = make(client, name, 10000);
   await client.ping();
   console.log('ready');
-  const end = Date.now() + 1000 * Number(seconds);
   let count = 0;
-  while (Date.now() < end) {
+  while (!fs.existsSync(path.join(folder, 'stop'))) {
     if (!(await lock.take())) {
       await sleep(1);
       continue;
@@ -36,7 +35,7 @@ module.exports = async function contend(make) {
     await inside(folder);
     count += 1;
     await lock.giveBack();
-    await sleep(Math.random() * 4);
+    await sleep(Math.random() * 10);
   }
   console.log(count);
   await client.quit();

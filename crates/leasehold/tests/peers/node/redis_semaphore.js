@@ -5,6 +5,6 @@ const { Mutex } = require('redis-semaphore');
 const contend = require('./contend');
 
 contend((client, name, ttl) => {
-  const mutex = new Mutex(client, name, { lockTimeout: ttl });
+  const mutex = new Mutex(client, name, { lockTimeout: ttl, acquireAttemptsLimit: 1 });
   return { take: () => mutex.tryAcquire(), giveBack: () => mutex.release() };
 });

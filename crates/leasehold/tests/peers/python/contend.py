@@ -1,8 +1,8 @@
-"""What every peer in Python does with its library's lock: `try PORT NAME`, or `contend PORT NAME FOLDER SECONDS`.
+"""What every peer in Python does with its library's lock: `try PORT NAME`, or `contend PORT NAME FOLDER`.
 
 `try` takes the lock for 30 seconds, says whether it did, and ends without giving it back. `contend` says `ready`, then takes the
-lock again and again and counts up the number in FOLDER/counter, in two steps that lose a count unless it is alone; at the end it says how
-often.
+lock again and again and counts up the number in FOLDER/counter, in two steps that lose a count unless it is alone, until there is
+FOLDER/stop; then it says how often it did.
 """
 
 import os
@@ -17,19 +17,18 @@ def main(make):
     if mode == "try":
         print("true" if make(port, name, 30).take() else "false")
         return
-    folder, seconds = sys.argv[4], float(sys.argv[5])
+    folder = sys.argv[4]
     lock = make(port, name, 10)
     print("ready", flush=True)
-    end = time.monotonic() + seconds
     count = 0
-    while time.monotonic() < end:
+    while not os.path.exists(os.path.join(folder, "stop")):
         if not lock.take():
             time.sleep(0.001)
             continue
         inside(folder)
         count += 1
         lock.give_back()
-        time.sleep(random.random() * 0.004)
+        time.sleep(random.random() * 0.01)
     print(count)
 
 

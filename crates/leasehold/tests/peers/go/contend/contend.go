@@ -37,23 +37,26 @@ func Main(open func(client *redis.Client, name string, ttl time.Duration) Lock) 
 		fmt.Println(open(client, name, 30*time.Second).Take())
 		return
 	}
-	seconds, err := strconv.ParseFloat(os.Args[5], 64)
-	Check(err)
+	folder := os.Args[4]
 	lock := open(client, name, 10*time.Second)
 	fmt.Println("ready")
-	end := time.Now().Add(time.Duration(seconds * float64(time.Second)))
 	count := 0
-	for time.Now().Before(end) {
+	for !exists(filepath.Join(folder, "stop")) {
 		if !lock.Take() {
 			time.Sleep(time.Millisecond)
 			continue
 		}
-		inside(os.Args[4])
+		inside(folder)
 		count++
 		lock.GiveBack()
-		time.Sleep(time.Duration(rand.Intn(4000)) * time.Microsecond)
+		time.Sleep(time.Duration(rand.Intn(10000)) * time.Microsecond)
 	}
 	fmt.Println(count)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 func inside(folder string) {

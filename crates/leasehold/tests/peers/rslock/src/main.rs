@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rslock::{Lock, LockError, LockManager};
 
@@ -36,19 +36,19 @@ async fn main() {
         println!("{}", lock.is_some());
         return;
     }
-    let [folder, seconds] = rest else { panic!("contend PORT NAME FOLDER SECONDS") };
+    let [folder] = rest else { panic!("contend PORT NAME FOLDER") };
+    let folder = Path::new(folder);
     println!("ready");
-    let end = Instant::now() + Duration::from_secs_f64(seconds.parse().unwrap());
     let mut count = 0;
-    while Instant::now() < end {
+    while !folder.join("stop").exists() {
         let Some(lock) = take(&manager, name, Duration::from_secs(10)).await else {
             tokio::time::sleep(Duration::from_millis(1)).await;
             continue;
         };
-        inside(Path::new(folder)).await;
+        inside(folder).await;
         count += 1;
         manager.unlock(&lock).await;
-        tokio::time::sleep(Duration::from_micros(fastrand::u64(..4000))).await;
+        tokio::time::sleep(Duration::from_micros(fastrand::u64(..10_000))).await;
     }
     println!("{count}");
 }
