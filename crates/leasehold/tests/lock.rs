@@ -15,7 +15,7 @@ use leasehold::stores::memory::{Fault, MemoryStore, Verb};
 use leasehold::{Claim, ErrorKind, FencingToken, Locks, Loss, Query, Released, Retry, Status, clock};
 
 mod yielding;
-use yielding::Yielding;
+use yielding::{Yielding, drop_after};
 
 fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
@@ -216,27 +216,6 @@ async fn a_result_reached_after_the_loss_is_an_error() {
     let (store, locks) = memory();
     let error = locks.mutex("a").run(async |_held| store.forget_everything()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Lost);
-}
-
-/// Polls a future so often and drops it. True if it was ready before.
-async fn drop_after(polls: usize, work: impl Future<Output = ()>) -> bool {
-    let mut work = pin!(work);
-    let mut left = polls;
-    std::future::poll_fn(|cx: &mut Context<'_>| {
-        if left == 0 {
-            return Poll::Ready(false);
-        }
-        left -= 1;
-        match work.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(true),
-            Poll::Pending => {
-                // Do not wait for what it waits for: the next poll may come at any time.
-                cx.waker().wake_by_ref();
-                Poll::Pending
-            }
-        }
-    })
-    .await
 }
 
 /// Every async function of the face, dropped after every number of polls it can have, leaves nothing behind.

@@ -8,12 +8,14 @@ use std::time::Duration;
 use leasehold::stores::memory::{MemoryStore, Verb};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::{
-    ErrorKind, FencingToken, Locks, Loss, Mutex, Name, Owner, Query, Released, Status, clock, connect,
+    ErrorKind, FencingToken, Locks, Loss, Mutex, Name, Owner, Query, Released, Retry, Status, clock, connect,
 };
 use leasehold_chaos::servers::RedisServer;
 
 mod ring_nodes;
+mod yielding;
 use ring_nodes::{moving_names, names_at, url};
+use yielding::{Yielding, drop_after};
 
 fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
@@ -345,4 +347,68 @@ async fn a_ring_that_cannot_be_is_refused_before_anything_is_tried() {
         connect(&format!("ring:?node=sqlite:{}", folder.path().join("l.db").display())).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     assert!(connect("ring:?node=memory:").await.is_ok());
+}
+
+#[tokio::test]
+async fn a_lock_on_the_move_dropped_at_any_await_leaves_nothing() {
+    let stores: [Arc<MemoryStore>; 2] = Default::default();
+    let [old, new] = &stores;
+    let node =
+        |store: &Arc<MemoryStore>, name: &str| Node::new(Arc::new(Yielding(store.clone()))).named(name);
+    let ring = RingStore::new(vec![node(old, "old").removing(), node(new, "new").adding()]).unwrap();
+    let locks = Locks::over(Arc::new(ring)).unwrap();
+    // Those who know one place only.
+    let others = [old, new].map(|store| Locks::over(store.clone()).unwrap());
+    for busy in [None, Some(0), Some(1)] {
+        let mut ended = 0;
+        for polls in 0..120 {
+            let blocker = match busy {
+                Some(at) => Some(others[at].mutex("a").lock().await.unwrap()),
+                None => None,
+            };
+            let mutex = locks.mutex("a").retry(Retry::constant(ms(1)));
+            let work = async {
+                let (guard, ()) = tokio::join!(mutex.lock(), async {
+                    for _ in 0..polls / 2 {
+                        tokio::task::yield_now().await;
+                    }
+                    drop(blocker);
+                });
+                assert_eq!(guard.unwrap().unlock().await.unwrap(), Released::Released);
+            };
+            ended += usize::from(drop_after(polls, work).await);
+            let latest = clock::now().plus(ms(20_000));
+            loop {
+                let mut left = Vec::new();
+                for locks in &others {
+                    let view = locks.show("a").await.unwrap();
+                    left.push((view.holder.is_some(), view.waiters));
+                }
+                if left == [(false, 0); 2] {
+                    break;
+                }
+                assert!(clock::now() < latest, "{busy:?}, dropped after {polls} polls: {left:?}");
+                clock::sleep(ms(2)).await;
+            }
+        }
+        assert!((1..120).contains(&ended), "{ended} of 120 were polled to their end");
+    }
+    locks.close().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_has_what_is_held_on_its_node_confirmed_at_once() {
+    let servers = [RedisServer::start(), RedisServer::start()];
+    let urls: Vec<_> = servers.iter().map(RedisServer::url).collect();
+    let locks = connect(&url(&urls)).await.unwrap();
+    for (server, at) in servers.iter().zip(&urls) {
+        let name = names_at(&[&urls[0], &urls[1]], at, 1).remove(0);
+        // Renewed by itself every half minute.
+        let guard = locks.mutex(name).ttl(ms(300_000)).lock().await.unwrap();
+        let changed = guard.changed();
+        server.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
+        let told = clock::timeout_at(clock::now().plus(ms(15_000)), changed).await;
+        assert!(told.is_some(), "nobody looked after {at}");
+        assert_eq!(guard.unlock().await.unwrap(), Released::Released);
+    }
 }

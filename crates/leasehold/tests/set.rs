@@ -3,9 +3,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::future::Future;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use leasehold::store::Store;
@@ -17,7 +15,7 @@ use leasehold::{
 use leasehold_chaos::servers::RedisServer;
 
 mod yielding;
-use yielding::Yielding;
+use yielding::{Yielding, drop_after};
 
 fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
@@ -178,21 +176,6 @@ async fn the_first_loss_is_told_with_its_name_and_stops_the_work() {
     });
     let error = stopped.await.unwrap_err();
     assert!(error.kind() == ErrorKind::Lost && error.name().is_some(), "{error}");
-}
-
-/// Polls a future so often and drops it. True if it was ready before.
-async fn drop_after(polls: usize, work: impl Future<Output = ()>) -> bool {
-    let mut work = pin!(work);
-    let mut left = polls;
-    std::future::poll_fn(|cx: &mut Context<'_>| {
-        if left == 0 {
-            return Poll::Ready(false);
-        }
-        left -= 1;
-        cx.waker().wake_by_ref();
-        work.as_mut().poll(cx).map(|()| true)
-    })
-    .await
 }
 
 #[tokio::test]

@@ -1,7 +1,10 @@
-//! A store with awaits to be dropped at.
+//! Futures dropped at every await, and a store that has some.
 #![allow(unreachable_pub, reason = "each test program uses its part")]
 
+use std::future::Future;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
@@ -49,4 +52,19 @@ impl Store for Yielding {
     fn lifeline(&self) -> Option<Arc<std::fs::File>> {
         None
     }
+}
+
+/// Polls a future so often and drops it. True if it was ready before.
+pub async fn drop_after(polls: usize, work: impl Future<Output = ()>) -> bool {
+    let mut work = pin!(work);
+    let mut left = polls;
+    std::future::poll_fn(|cx: &mut Context<'_>| {
+        if left == 0 {
+            return Poll::Ready(false);
+        }
+        left -= 1;
+        cx.waker().wake_by_ref();
+        work.as_mut().poll(cx).map(|()| true)
+    })
+    .await
 }

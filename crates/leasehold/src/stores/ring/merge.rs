@@ -80,8 +80,10 @@ pub(super) fn add(view: &mut LockView, other: LockView) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::types::Name;
+    use crate::types::{Fencing, Name};
 
     fn page(names: &[&str], next: Option<&str>) -> Page<LockView> {
         let name = |name: &str| Name::new(name).unwrap();
@@ -91,6 +93,21 @@ mod tests {
     fn shown(page: &Page<LockView>) -> (String, Option<String>) {
         let names: Vec<_> = page.items.iter().map(|view| view.name.to_string()).collect();
         (names.join(" "), page.next.as_ref().map(Name::to_string))
+    }
+
+    #[test]
+    fn a_ring_promises_what_every_node_does() {
+        let mut good = Guarantees::strict("good");
+        (good.fifo, good.frees_at_process_death) = (true, true);
+        let mut bad = Guarantees::strict("bad");
+        (bad.fencing, bad.persistence) = (Fencing::TimeFloor, Persistence::Snapshot);
+        (bad.slack, bad.least_ttl, bad.most_ttl) =
+            (Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(3));
+        (bad.may_evict, bad.lost_at_failover) = (true, true);
+        for nodes in [[good.clone(), bad.clone()], [bad.clone(), good]] {
+            let ring = weakest("ring".into(), nodes.into_iter());
+            assert_eq!(ring, Guarantees { server: "ring".into(), ..bad.clone() });
+        }
     }
 
     #[test]
