@@ -187,7 +187,7 @@ fn a_request_that_arrives_after_the_defeat_creates_nothing_that_stays() {
     // The connection dies; its request arrives all the same, later.
     held.cut_client();
     eventually("the claim is forbidden there", || {
-        nodes.servers[3].cli(&["KEYS", "leasehold:{a}:gone:*"]) != ""
+        !nodes.servers[3].cli(&["KEYS", "leasehold:{a}:gone:*"]).is_empty()
     });
     held.release();
     eventually("the request was refused", || held.happened());
