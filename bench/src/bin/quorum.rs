@@ -97,10 +97,8 @@ fn cycles(runtime: &Runtime, locks: &Locks, count: usize) -> Vec<Duration> {
     let cycle = |_| {
         let began = Instant::now();
         runtime.block_on(async {
-            let guard = mutex.try_lock().await.unwrap();
-            if let Some(guard) = guard {
-                let _ = guard.unlock().await.unwrap();
-            }
+            let guard = mutex.lock().await.unwrap();
+            let _ = guard.unlock().await.unwrap();
         });
         began.elapsed()
     };

@@ -253,7 +253,6 @@ impl Asking {
                 (place.line, place.by_other) = (None, false);
             }
             Ok(Acquired::Busy(_)) if is_last => (place.hold, place.by_other) = (None, true),
-            Ok(Acquired::Busy(_)) => {}
             Ok(Acquired::Queued(ticket)) => {
                 if is_last {
                     (place.hold, place.by_other) = (None, true);
@@ -262,7 +261,7 @@ impl Asking {
                 place.suspect |= ticket.ahead().is_none();
             }
             Err(error) if error.kind() == ErrorKind::Unknown => place.suspect = true,
-            Err(_) => {}
+            Ok(Acquired::Busy(_)) | Err(_) => {}
         }
     }
 }
