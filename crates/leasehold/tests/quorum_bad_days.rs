@@ -253,14 +253,12 @@ fn a_renewal_by_a_minority_of_those_once_held_extends_nothing() {
 
 #[test]
 fn who_missed_the_grant_is_topped_up() {
-    let nodes = Nodes::start(5);
+    let mut nodes = Nodes::start(5);
     let (store, locks) = nodes.store();
     nodes.warm_up(&locks);
-    nodes.links[0].black_hole(true);
-    nodes.links[1].black_hole(true);
+    nodes.servers[..2].iter_mut().for_each(RedisServer::kill9);
     let guard = block_on(locks.mutex("a").ttl(TTL).lock()).unwrap();
-    nodes.links[0].black_hole(false);
-    nodes.links[1].black_hole(false);
+    nodes.servers[..2].iter_mut().for_each(RedisServer::restart);
     eventually("they are back", || store.set_aside().is_empty());
     nodes.settle("a", 5);
     eventually("with the same token", || nodes.tokens("a") == [guard.fencing_token().get(); 5]);

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::attempt::{Attempt, Way};
+use super::hold::STRAGGLERS;
 use super::race::{Call, Race};
 use super::tally::{Outcome, Tally};
 use super::{NEEDED_NODE_TIMEOUT, Shared, preference};
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{check_ttl, drift};
-use crate::types::{Acquired, Claim, FencingToken, Grant, Ticket};
+use crate::types::{Acquired, Claim, FencingToken, Grant, Released, Ticket};
 
 /// How often the nodes are asked to agree on a token, after the first time.
 const RAISES: usize = 3;
@@ -57,13 +58,18 @@ impl Shared {
 
     /// Has an attempt that is over given back in the background.
     pub(super) fn give_up(self: &Arc<Self>, claim: &Claim, attempt: &Arc<Attempt>) {
+        drop(self.giving_up(claim, attempt));
+    }
+
+    /// The same, to be waited for as long as one likes: dropped, it goes on in the background.
+    fn giving_up(self: &Arc<Self>, claim: &Claim, attempt: &Arc<Attempt>) -> Race<Result<Released>> {
         self.table.over(claim.id, attempt);
         let until = clock::now().plus(claim.ttl).plus(Duration::from_secs(1));
         let calls = self.give_back_calls(claim.id, attempt, &attempt.involved(), until);
         if calls.is_empty() {
             self.table.forget(claim.id, attempt);
         }
-        drop(Race::new(calls, &self.runtime, self.aside_at()));
+        Race::new(calls, &self.runtime, self.aside_at())
     }
 }
 
@@ -189,11 +195,17 @@ impl Run<'_> {
                 return answer;
             }
         }
-        self.defeat()
+        self.defeat().await
     }
 
-    fn defeat(&self) -> Result<Acquired> {
-        self.shared.give_up(self.claim, &self.attempt);
+    /// Gives everything back, and tells why. It waits for the nodes as long again as they took, 50 ms at most, so that a process
+    /// that ends when it hears of it leaves nothing behind.
+    async fn defeat(&self) -> Result<Acquired> {
+        let mut race = self.shared.giving_up(self.claim, &self.attempt);
+        let now = clock::now();
+        let patience = now.since(self.started).min(PERSISTENCE) + STRAGGLERS;
+        while race.next_before(now.plus(patience)).await.is_some() {}
+        drop(race);
         let verdict = self.tally.verdict(&self.shared.locations());
         if matches!(&verdict, Err(error) if !error.is_transient()) {
             self.shared.table.refused(self.claim.id, &self.attempt);
@@ -215,7 +227,8 @@ impl Run<'_> {
                 .collect();
             self.ask(&missing, ballot, None, Tally::is_decided).await;
             if self.tally.has_majority() {
-                return self.agree().await.or_else(|| Some(self.defeat()));
+                let agreed = self.agree().await;
+                return if agreed.is_some() { agreed } else { Some(self.defeat().await) };
             }
         }
         None

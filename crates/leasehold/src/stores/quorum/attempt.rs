@@ -38,6 +38,8 @@ struct Place {
     hold: Option<(FencingToken, u64)>,
     /// Presentations under way.
     asked: u32,
+    /// Presentations begun: an answer to one that is not the last says nothing of what is there now, but that it was granted.
+    begun: u32,
     /// Whether a presentation went unanswered.
     suspect: bool,
     /// The session on which it was put in line.
@@ -226,32 +228,40 @@ impl Attempt {
 struct Asking {
     attempt: Arc<Attempt>,
     index: usize,
+    /// Which presentation at that node it is.
+    number: u32,
     is_answered: bool,
 }
 
 impl Asking {
     fn begin(attempt: &Arc<Attempt>, index: usize) -> Self {
-        attempt.places()[index].asked += 1;
-        Self { attempt: attempt.clone(), index, is_answered: false }
+        let mut places = attempt.places();
+        let place = &mut places[index];
+        place.asked += 1;
+        place.begun += 1;
+        Self { attempt: attempt.clone(), index, number: place.begun, is_answered: false }
     }
 
     fn answered(mut self, answer: &Result<Acquired>) {
         self.is_answered = true;
         let mut places = self.attempt.places();
         let place = &mut places[self.index];
+        let is_last = place.begun == self.number;
         match answer {
             Ok(Acquired::Granted(grant)) => {
                 place.hold = Some((grant.token, grant.session));
                 (place.line, place.by_other) = (None, false);
             }
-            Ok(Acquired::Busy(_)) => (place.hold, place.by_other) = (None, true),
+            Ok(Acquired::Busy(_)) if is_last => (place.hold, place.by_other) = (None, true),
             Ok(Acquired::Queued(ticket)) => {
-                (place.hold, place.by_other) = (None, true);
+                if is_last {
+                    (place.hold, place.by_other) = (None, true);
+                }
                 place.line = Some(ticket.session);
                 place.suspect |= ticket.ahead().is_none();
             }
             Err(error) if error.kind() == ErrorKind::Unknown => place.suspect = true,
-            Err(_) => {}
+            Ok(Acquired::Busy(_)) | Err(_) => {}
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::types::{ClaimId, Held, Released, Renewal};
 
 /// How long a release waits for the last nodes, beyond the time that the majority took: a process that ends right after it
 /// then leaves nothing behind.
-const STRAGGLERS: Duration = Duration::from_millis(5);
+pub(super) const STRAGGLERS: Duration = Duration::from_millis(5);
 /// How long a claim whose TTL is not known is given back for.
 const UNKNOWN_LEASE: Duration = Duration::from_secs(60);
 
