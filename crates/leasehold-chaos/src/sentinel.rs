@@ -177,10 +177,9 @@ impl Deployment {
                     && self.master_by(number) == self.master()
             });
         }
-        let master = &self.servers[self.master()];
         let count = format!("connected_slaves:{}", self.servers.len() - 1);
         eventually("the master has its replicas", || {
-            let info = master.cli(&["INFO", "replication"]);
+            let info = self.servers[self.master()].cli(&["INFO", "replication"]);
             info.contains("role:master")
                 && info.contains(&count)
                 && info.matches("state=online").count() == self.servers.len() - 1
@@ -221,6 +220,20 @@ impl Deployment {
     #[track_caller]
     pub fn revive(&mut self, number: usize) {
         self.servers[number].restart();
+    }
+}
+
+impl Drop for Deployment {
+    fn drop(&mut self) {
+        // Without their own words nobody can tell what went wrong in a test.
+        if std::thread::panicking() {
+            for (number, server) in self.servers.iter().enumerate() {
+                println!("server {number}, port {}:\n{}", server.port(), server.printed());
+            }
+            for (number, sentinel) in self.sentinels.iter().enumerate() {
+                println!("sentinel {number}:\n{}", sentinel.printed());
+            }
+        }
     }
 }
 

@@ -333,6 +333,13 @@ impl RedisServer {
         self.process.as_ref().expect("the server runs").0.id()
     }
 
+    /// The last lines that it printed.
+    pub fn printed(&self) -> String {
+        let Some((_, output)) = &self.process else { return "it does not run\n".into() };
+        let state = output.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.last_lines.iter().fold(String::new(), |all, line| all + line + "\n")
+    }
+
     /// Whether it was started and not killed since.
     pub fn is_running(&self) -> bool {
         self.process.is_some()

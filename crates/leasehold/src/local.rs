@@ -381,6 +381,7 @@ mod tests {
             record: Arc::from("{}"),
             ttl: Duration::from_secs(1),
             max_hold: None,
+            replicas: None,
             passes: 3,
             replicas: None,
         }

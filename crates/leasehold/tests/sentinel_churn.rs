@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use bad_days::{assert_no_line, connect, ms};
+use bad_days::{connect, ms};
 use leasehold::clock;
 use leasehold_chaos::checker::{Hold, boot_nanos};
 use leasehold_chaos::eventually;
@@ -150,6 +150,11 @@ fn failover_after_failover_tokens_grow_and_nobody_waits_for_ever() {
         worker.join().unwrap();
     }
     judge(&mut holds.lock().unwrap(), &windows);
-    deployment.settle();
-    assert_no_line(&deployment.servers[deployment.master()], NAME);
+    // What may be left is what the new master does not know to be over, and it ends by itself.
+    let master = &deployment.servers[deployment.master()];
+    eventually("the lock is free", || master.cli(&["EXISTS", NAME]) == "0");
+    for key in master.cli(&["KEYS", "*"]).lines() {
+        let left: i64 = master.cli(&["PTTL", key]).parse().unwrap();
+        assert!(left > 0, "{key} stays for ever");
+    }
 }

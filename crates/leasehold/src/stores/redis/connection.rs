@@ -20,7 +20,7 @@ use tokio::sync::{Notify, watch};
 use super::combine::{Counter, Job, Patience, Unanswered};
 use super::config::{Address, RedisConfig};
 use super::reply::{self, Refusal};
-use super::sentinel::{self, Host, Sentinels};
+use super::sentinel::{self, Named, Sentinels};
 use super::waiting::Waiting;
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,8 +44,9 @@ pub(super) struct Link {
     subscribed: AtomicBool,
     /// Held while the subscription changes.
     subscribing: tokio::sync::Mutex<()>,
-    /// Where it leads.
+    /// Where it leads, and the epoch in which sentinels named that.
     pub(super) address: Address,
+    pub(super) epoch: AtomicU64,
     /// Rung when it is given up though it may not have broken, where sentinels may say so.
     given_up: Option<Notify>,
 }
@@ -118,6 +119,10 @@ pub(super) struct Connector {
     waiting: Arc<Waiting>,
     /// Rung when a connection broke, and when there is a new one.
     disturbed: Arc<Notify>,
+    /// Where the newest connection leads.
+    master: watch::Sender<Option<Address>>,
+    /// What the sentinel that is listened to said last.
+    named: Mutex<Option<Named>>,
 }
 
 impl Connector {
@@ -131,6 +136,8 @@ impl Connector {
             generations: AtomicU64::new(0),
             waiting,
             disturbed: Arc::default(),
+            master: watch::Sender::new(None),
+            named: Mutex::default(),
         })
     }
 
@@ -146,6 +153,11 @@ impl Connector {
     /// Whether waiters stand in line, as far as the user wants it.
     pub(super) fn has_line(&self) -> bool {
         self.config.line
+    }
+
+    /// Tells when a new connection leads elsewhere than the one before.
+    pub(super) fn masters(&self) -> watch::Receiver<Option<Address>> {
+        self.master.subscribe()
     }
 
     /// Resolves when a connection broke, or was replaced.
@@ -221,6 +233,13 @@ impl Connector {
                 Ok(link) => Slot::Up(link.clone()),
                 Err(_) => Slot::Down,
             };
+            if let Ok(link) = &outcome {
+                this.master.send_if_modified(|master| {
+                    let is_other = master.as_ref() != Some(&link.address);
+                    *master = Some(link.address.clone());
+                    is_other
+                });
+            }
             sender.send_replace(Some(outcome));
         });
         receiver
@@ -316,6 +335,7 @@ impl Connector {
                 subscribed: AtomicBool::new(false),
                 subscribing: tokio::sync::Mutex::new(()),
                 address: address.clone(),
+                epoch: AtomicU64::new(0),
                 given_up: self.sentinels().map(|_| Notify::new()),
             })
         }))
@@ -485,24 +505,35 @@ impl Connector {
         self.waiting.disconnected(link.generation);
     }
 
-    /// A sentinel says that this is the master. A connection to another server (except to one, which it is known to call by
-    /// another name) is given up and its address returned; then, and if it is news, the master is dialled at once, so that
-    /// what is held or waited for is confirmed there.
-    pub(super) fn master_is(
-        self: &Arc<Self>,
-        master: &Host,
-        is_news: bool,
-        except: Option<&Address>,
-    ) -> Option<Address> {
-        let address = self.sentinels()?.address_of(master);
+    /// What the sentinel that is listened to said last.
+    pub(super) fn named(&self) -> Option<Named> {
+        self.named.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A sentinel says that this is the master. A connection to another server, which was named in an earlier epoch, is given
+    /// up; then, and if it is news, the master is dialled at once, so that what is held or waited for is confirmed there.
+    pub(super) fn master_is(self: &Arc<Self>, named: &Named) {
+        let Some(address) = self.sentinels().map(|sentinels| sentinels.address_of(&named.host)) else {
+            return;
+        };
+        let before = {
+            let mut latest = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+            latest.replace(named.clone())
+        };
+        let is_news = before.is_some_and(|before| before != *named);
         let stale = match &*self.slot() {
-            Slot::Up(link) if !link.is_open() => None,
-            Slot::Up(link) if link.address == address || Some(&link.address) == except => return None,
-            Slot::Up(link) => Some(link.clone()),
-            Slot::Dialling(_) | Slot::Down => None,
+            Slot::Up(link) if link.is_open() => {
+                // Of one epoch, it is the same server by another name.
+                let is_older = link.epoch.load(Ordering::Relaxed) < named.epoch;
+                if link.address == address || !is_older {
+                    return;
+                }
+                Some(link.clone())
+            }
+            Slot::Up(_) | Slot::Dialling(_) | Slot::Down => None,
         };
         if let Some(link) = &stale {
-            tracing::info!(store = %self.location, %master, "another server is the master now");
+            tracing::info!(store = %self.location, master = %named.host, "another server is the master now");
             self.give_up(link);
             self.disturbed.notify_one();
         }
@@ -514,7 +545,6 @@ impl Connector {
                 }
             });
         }
-        stale.map(|link| link.address.clone())
     }
 
     fn given_up(&self) -> Error {

@@ -9,6 +9,7 @@ mod connection;
 mod diagnose;
 mod fence;
 mod keys;
+mod lately;
 mod listing;
 mod look;
 mod refresh;
@@ -43,6 +44,7 @@ use crate::types::{
 use combine::{Job, Patience, Verb};
 use connection::{Connector, Link};
 use keys::{Keys, Keyspace, owner};
+use lately::Lately;
 use replicas::Aside;
 use reply::{Occupant, Refusal};
 use script::By;
@@ -64,6 +66,7 @@ pub struct RedisStore {
     guarantees: Guarantees,
     waiting: Arc<Waiting>,
     aside: Aside,
+    lately: Lately,
 }
 
 impl RedisStore {
@@ -82,10 +85,20 @@ impl RedisStore {
         let waiting = Arc::new(Waiting::new());
         let connector = Connector::new(config, runtime, waiting.clone());
         let guarantees = look::guarantees(&connector).await?;
-        let store =
-            Arc::new(Self { connector, keyspace, username, guarantees, waiting, aside: Aside::default() });
+        let store = Arc::new(Self {
+            connector,
+            keyspace,
+            username,
+            guarantees,
+            waiting,
+            aside: Aside::default(),
+            lately: Lately::default(),
+        });
         refresh::attend(&store);
-        sentinel::attend(&store.connector);
+        if store.connector.sentinels().is_some() {
+            sentinel::attend(&store.connector);
+            lately::attend(&store);
+        }
         Ok(store)
     }
 
@@ -247,6 +260,9 @@ impl RedisStore {
 
     async fn release_once(&self, held: &Held) -> Result<Released> {
         let answer = self.give_back(held, true).await;
+        if matches!(answer, Ok(Released::Released)) && self.connector.sentinels().is_some() {
+            self.lately.note(held);
+        }
         if held.waiting {
             // Only now: a grant that came meanwhile was passed on by this very release.
             self.waiting.forget(held.id);

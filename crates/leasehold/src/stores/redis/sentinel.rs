@@ -5,6 +5,7 @@ mod findings;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -44,67 +45,134 @@ impl Sentinels {
     }
 }
 
+/// A master, and the epoch of the failover that made it so: of two answers that differ, that of the later one is right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Named {
+    pub(super) epoch: u64,
+    pub(super) host: Host,
+}
+
 /// What came out of a part of a dial.
 enum Step {
     /// What a sentinel, by its number, said.
-    Heard(usize, Result<Host>),
+    Heard(usize, Result<Named>),
     Reached(Host, Result<Arc<Link>>),
 }
 
+/// A dial under way.
+struct Dial<'a> {
+    connector: &'a Arc<Connector>,
+    sentinels: &'a Sentinels,
+    steps: JoinSet<Step>,
+    /// Sentinels whose answer is due.
+    asked: HashSet<usize>,
+    said: HashMap<usize, Result<Named>>,
+    /// The latest epoch that was heard of.
+    epoch: u64,
+    /// Servers that were dialled, each with the epoch in which it was named, and why it did not serve, once that is known.
+    servers: HashMap<Host, (u64, Option<Error>)>,
+    last: Instant,
+}
+
 /// Dials the master: asks all sentinels at once, dials whatever they name, and takes the first that says of itself that it
-/// is a master. A sentinel or a server that does not answer keeps nobody waiting who does.
+/// is a master, unless a later one was heard of. A sentinel or a server that does not answer keeps nobody waiting who does.
 pub(super) async fn dial(connector: &Arc<Connector>, sentinels: &Sentinels) -> Result<Arc<Link>> {
-    // Before the dial's own time is up, so that there is time to say what went wrong.
-    let last = clock::now().plus(connector.timeout() * 7 / 8);
-    let mut steps = JoinSet::new();
-    let mut asked: HashSet<usize> = HashSet::new();
-    let mut said: HashMap<usize, Result<Host>> = HashMap::new();
-    let mut servers: HashMap<Host, Option<Error>> = HashMap::new();
+    let mut dial = Dial {
+        connector,
+        sentinels,
+        steps: JoinSet::new(),
+        asked: HashSet::new(),
+        said: HashMap::new(),
+        epoch: 0,
+        servers: HashMap::new(),
+        // Before the dial's own time is up, so that there is time to say what went wrong.
+        last: clock::now().plus(connector.timeout() * 7 / 8),
+    };
+    // Others may hear of a failover later than the one that is listened to.
+    if let Some(named) = connector.named() {
+        dial.try_server(&named);
+    }
     let mut ask_at = clock::now();
     loop {
         if clock::now() >= ask_at {
-            for number in 0..sentinels.hosts.len() {
-                if asked.insert(number) {
-                    let connector = connector.clone();
-                    steps.spawn(async move { Step::Heard(number, ask(&connector, number).await) });
-                }
-            }
+            dial.ask_all();
             ask_at = clock::now().plus(ASK_AGAIN);
         }
-        let Some(step) = clock::timeout_at(ask_at.min(last), steps.join_next()).await else {
-            if clock::now() >= last {
-                break;
-            }
-            continue;
-        };
-        match step {
+        match clock::timeout_at(ask_at.min(dial.last), dial.steps.join_next()).await {
             // All have said what they have to say.
-            None => break,
-            Some(Ok(Step::Heard(number, answer))) => {
-                asked.remove(&number);
-                if let Ok(host) = &answer
-                    && !matches!(servers.get(host), Some(None))
-                {
-                    servers.insert(host.clone(), None);
-                    let (connector, host) = (connector.clone(), host.clone());
-                    let address = sentinels.address_of(&host);
-                    steps.spawn(async move { Step::Reached(host, reach(&connector, &address, last).await) });
+            Some(None) => break,
+            Some(Some(Ok(step))) => {
+                if let Some(link) = dial.take(step) {
+                    return Ok(link);
                 }
-                said.insert(number, answer);
             }
-            Some(Ok(Step::Reached(_, Ok(link)))) => return Ok(link),
-            Some(Ok(Step::Reached(host, Err(error)))) => drop(servers.insert(host, Some(error))),
-            Some(Err(_)) => {}
+            None if clock::now() >= dial.last => break,
+            Some(Some(Err(_))) | None => {}
         }
     }
-    Err(verdict(sentinels, &said, &servers))
+    Err(verdict(sentinels, &dial.said, &dial.servers))
+}
+
+impl Dial<'_> {
+    fn ask_all(&mut self) {
+        for number in 0..self.sentinels.hosts.len() {
+            if self.asked.insert(number) {
+                let connector = self.connector.clone();
+                self.steps.spawn(async move { Step::Heard(number, ask(&connector, number).await) });
+            }
+        }
+    }
+
+    fn try_server(&mut self, named: &Named) {
+        self.epoch = self.epoch.max(named.epoch);
+        let is_under_way = matches!(self.servers.get(&named.host), Some((_, None)));
+        if named.epoch < self.epoch || is_under_way {
+            return;
+        }
+        self.servers.insert(named.host.clone(), (named.epoch, None));
+        let (connector, host, last) = (self.connector.clone(), named.host.clone(), self.last);
+        let address = self.sentinels.address_of(&host);
+        self.steps.spawn(async move { Step::Reached(host, reach(&connector, &address, last).await) });
+    }
+
+    /// The connection, if this was the last step to it.
+    fn take(&mut self, step: Step) -> Option<Arc<Link>> {
+        match step {
+            Step::Heard(number, answer) => {
+                self.asked.remove(&number);
+                if let Ok(named) = &answer {
+                    self.try_server(named);
+                }
+                self.said.insert(number, answer);
+            }
+            Step::Reached(host, outcome) => {
+                // What was heard meanwhile counts.
+                if let Some(named) = self.connector.named() {
+                    self.try_server(&named);
+                }
+                let epoch = self.servers.get(&host).map_or(0, |(epoch, _)| *epoch);
+                match outcome {
+                    Ok(link) if epoch >= self.epoch => {
+                        link.epoch.store(epoch, Ordering::Relaxed);
+                        return Some(link);
+                    }
+                    Ok(_) => {
+                        let later = Error::new(ErrorKind::Unavailable, "another one was named later");
+                        self.servers.insert(host, (epoch, Some(later)));
+                    }
+                    Err(error) => drop(self.servers.insert(host, (epoch, Some(error)))),
+                }
+            }
+        }
+        None
+    }
 }
 
 /// Why there is no master, with what each sentinel said.
 fn verdict(
     sentinels: &Sentinels,
-    said: &HashMap<usize, Result<Host>>,
-    servers: &HashMap<Host, Option<Error>>,
+    said: &HashMap<usize, Result<Named>>,
+    servers: &HashMap<Host, (u64, Option<Error>)>,
 ) -> Error {
     let mut words = format!("no master {} was found:", sentinels.master);
     let mut refusals = 0;
@@ -117,14 +185,16 @@ fn verdict(
                 refusals += usize::from(!error.is_transient());
                 write!(words, "says nothing: {error}")
             }
-            Some(Ok(host)) => match servers.get(host) {
-                Some(Some(error)) => write!(words, "names {host}, and that did not serve: {error}"),
+            Some(Ok(Named { host, .. })) => match servers.get(host) {
+                Some((_, Some(error))) => write!(words, "names {host}, and that did not serve: {error}"),
                 _ => write!(words, "names {host}, and that did not answer in time"),
             },
         };
     }
     // A server that refuses the login is mended by nobody's waiting; one that is being replaced is.
-    let hard = servers.values().flatten().any(|error| error.kind() == ErrorKind::Rejected);
+    let hard = servers
+        .values()
+        .any(|(_, error)| error.as_ref().is_some_and(|error| error.kind() == ErrorKind::Rejected));
     let kind =
         if refusals == sentinels.hosts.len() || hard { ErrorKind::Rejected } else { ErrorKind::Unavailable };
     Error::new(kind, words)
@@ -152,7 +222,7 @@ async fn reach(connector: &Arc<Connector>, address: &Address, last: Instant) -> 
 }
 
 /// Asks one sentinel, on a connection of its own.
-async fn ask(connector: &Arc<Connector>, number: usize) -> Result<Host> {
+async fn ask(connector: &Arc<Connector>, number: usize) -> Result<Named> {
     let deadline = clock::now().plus(connector.timeout() / 2);
     let mut connection = open(connector, number, ProtocolVersion::RESP2, None, deadline)
         .await?
@@ -238,14 +308,28 @@ async fn master(
     connector: &Connector,
     connection: &mut MultiplexedConnection,
     deadline: Instant,
-) -> Result<Host> {
+) -> Result<Named> {
     let name = connector.sentinels().map_or("", |sentinels| sentinels.master.as_str());
+    // First the epoch: one that is older than the name is only too modest.
+    let facts = question(connection, &["MASTER", name], deadline).await;
+    let epoch = facts.as_ref().ok().and_then(|facts| fields(facts).get("config-epoch")?.parse().ok());
     let answer = question(connection, &["GET-MASTER-ADDR-BY-NAME", name], deadline).await?;
     if let Value::Nil = answer {
         let unknown = Error::new(ErrorKind::Rejected, format!("it knows no master of the name {name}"));
         return Err(unknown.advise("`SENTINEL MASTERS` lists the names it knows"));
     }
-    read_host(&answer).ok_or_else(|| reply::unexpected(&answer))
+    let host = read_host(&answer).ok_or_else(|| reply::unexpected(&answer))?;
+    Ok(Named { epoch: epoch.unwrap_or(0), host })
+}
+
+/// The pairs of an answer that lists names and values in turn, or as pairs (RESP3).
+fn fields(answer: &Value) -> HashMap<String, String> {
+    let pair = |key, value| Some((reply::text(key)?, reply::text(value)?));
+    match answer {
+        Value::Array(parts) => parts.chunks_exact(2).filter_map(|parts| pair(&parts[0], &parts[1])).collect(),
+        Value::Map(pairs) => pairs.iter().filter_map(|(key, value)| pair(key, value)).collect(),
+        _ => HashMap::new(),
+    }
 }
 
 fn read_host(answer: &Value) -> Option<Host> {
@@ -254,11 +338,9 @@ fn read_host(answer: &Value) -> Option<Host> {
     Some(Host { name: reply::text(name)?, port: reply::text(port)?.parse().ok()? })
 }
 
-/// Has the sentinels listened to for as long as there is a connector, if it goes by sentinels.
+/// Has the sentinels listened to for as long as there is a connector.
 pub(super) fn attend(connector: &Arc<Connector>) {
-    if connector.sentinels().is_some() {
-        connector.runtime().spawn(listen(Arc::downgrade(connector)));
-    }
+    connector.runtime().spawn(listen(Arc::downgrade(connector)));
 }
 
 /// Listens to one sentinel after the other, to each as long as it answers.
@@ -282,21 +364,14 @@ async fn listen(connector: Weak<Connector>) {
 /// Listens to one sentinel until it does not answer; true if it did at first.
 async fn follow(connector: &Weak<Connector>, number: usize) -> bool {
     let (sender, mut events) = mpsc::unbounded_channel();
-    let (mut known, mut except) = (None, None);
+    let mut has_answered = false;
     let Some(mut connection) = subscribe(connector, number, sender.clone()).await else { return false };
     loop {
         let Some(alive) = connector.upgrade() else { return true };
         let deadline = clock::now().plus(alive.timeout() / 2);
-        let Ok(master) = master(&alive, &mut connection, deadline).await else { return known.is_some() };
-        let is_news = known.as_ref() != Some(&master);
-        if is_news {
-            except = None;
-        }
-        // Sentinels that call one server by several names must not end the connection again and again.
-        if let Some(given_up) = alive.master_is(&master, is_news, except.as_ref()) {
-            except = Some(given_up);
-        }
-        known = Some(master);
+        let Ok(named) = master(&alive, &mut connection, deadline).await else { return has_answered };
+        alive.master_is(&named);
+        has_answered = true;
         drop(alive);
         let event = clock::timeout_at(clock::now().plus(CHECK_EVERY), next_event(&mut events)).await;
         if event == Some(Event::Ended) {

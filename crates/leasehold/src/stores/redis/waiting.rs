@@ -324,6 +324,8 @@ impl Waiting {
     pub(super) fn connected(&self, session: u64) {
         let mut table = self.table();
         table.session = session;
+        // Messages over the one before are only hints, and one over this is news: it may come from another server.
+        table.told.clear();
         self.hasten(&mut table);
     }
 

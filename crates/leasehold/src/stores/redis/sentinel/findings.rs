@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use super::super::connection::{Connector, Link};
 use super::super::diagnose::server_time;
 use super::super::reply;
-use super::{Host, open, question, refused};
+use super::{Host, fields, open, question, refused};
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{Finding, Severity};
@@ -85,14 +85,6 @@ async fn ask(connector: &Connector, number: usize) -> Result<Told> {
     };
     let obstacle = question(&mut connection, &["CKQUORUM", name], deadline).await.err();
     Ok(Told { master, replicas, obstacle })
-}
-
-/// The pairs of an answer that lists names and values in turn.
-fn fields(answer: &Value) -> HashMap<String, String> {
-    let Value::Array(parts) = answer else { return HashMap::new() };
-    let pairs =
-        parts.chunks_exact(2).filter_map(|pair| Some((reply::text(&pair[0])?, reply::text(&pair[1])?)));
-    pairs.collect()
 }
 
 fn judged(check: String, told: &Told) -> Finding {
