@@ -1,6 +1,7 @@
 //! Real servers, proxies and faults for the tests of Leasehold.
 //!
 //! - [`servers`]: a real `redis-server` on a free port, stopped with the test that started it.
+//! - [`cluster`]: a Redis Cluster of them.
 //! - [`proxy`]: a link to it that counts, holds, cuts and delays what goes through.
 //! - [`checker`]: the judge of what many processes wrote down; it knows only their histories.
 //! - [`wall_clock`]: a wall clock for one process, that can be stepped.
@@ -11,6 +12,7 @@
 )]
 
 pub mod checker;
+pub mod cluster;
 pub mod proxy;
 pub mod resp;
 pub mod servers;

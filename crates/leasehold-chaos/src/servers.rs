@@ -276,6 +276,11 @@ impl RedisServer {
         self.process.as_ref().expect("the server runs").0.id()
     }
 
+    /// Whether it was started and not stopped by the test since.
+    pub fn runs(&self) -> bool {
+        self.process.is_some()
+    }
+
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).expect("a pid");
         kill_process(pid, signal).expect("the server takes a signal");
