@@ -28,7 +28,7 @@ impl Cluster {
     #[must_use]
     #[track_caller]
     pub fn start() -> Self {
-        Self::build(true, false, &[])
+        Self::build(true, false, &[], None)
     }
 
     /// Three masters without replicas, each started with these arguments too.
@@ -38,7 +38,7 @@ impl Cluster {
     #[must_use]
     #[track_caller]
     pub fn without_replicas(arguments: &[&str]) -> Self {
-        Self::build(false, false, arguments)
+        Self::build(false, false, arguments, None)
     }
 
     /// Three masters without replicas, whose clients all come by [`links`](Self::links).
@@ -48,11 +48,21 @@ impl Cluster {
     #[must_use]
     #[track_caller]
     pub fn behind_links() -> Self {
-        Self::build(false, true, &[])
+        Self::build(false, true, &[], None)
+    }
+
+    /// Three masters without replicas that ask the default user for this password.
+    ///
+    /// # Panics
+    /// As [`start`](Self::start).
+    #[must_use]
+    #[track_caller]
+    pub fn with_password(password: &str) -> Self {
+        Self::build(false, false, &[], Some(password))
     }
 
     #[track_caller]
-    fn build(replicas: bool, linked: bool, arguments: &[&str]) -> Self {
+    fn build(replicas: bool, linked: bool, arguments: &[&str], password: Option<&str>) -> Self {
         let count = if replicas { 2 * MASTERS } else { MASTERS };
         let nodes: Vec<_> = (0..count)
             .map(|_| {
@@ -62,7 +72,12 @@ impl Cluster {
                     ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port", &bus];
                 let more = ["--cluster-replica-validity-factor", "0", "--repl-ping-replica-period", "1"];
                 let builder = RedisServer::builder().args(own).args(more);
-                (builder.args(arguments.iter().copied()).start(), bus)
+                let builder = builder.args(arguments.iter().copied());
+                let builder = match password {
+                    Some(password) => builder.requirepass(password),
+                    None => builder,
+                };
+                (builder.start(), bus)
             })
             .collect();
         let links: Vec<_> =
@@ -164,10 +179,10 @@ impl Cluster {
 
     /// A name that begins with `beginning` and was given to that master.
     pub fn name_at(&self, master: usize, beginning: &str) -> String {
-        (0..)
+        (0..10_000)
             .map(|number| format!("{beginning}{number}"))
             .find(|name| self.home(name) == master)
-            .expect("endless")
+            .expect("one of three, unless a tag in braces decides")
     }
 
     /// Begins to move a slot: what is there stays for now, what is not is asked for at the new place.

@@ -26,6 +26,7 @@
 //! |---|---|---|
 //! | one machine, no server | `sqlite:` | exclusion between all processes of the machine; a killed holder's locks pass on at once |
 //! | Redis or Valkey | `redis://` | exclusion as long as that server keeps its data; tokens that grow even if it does not |
+//! | a Redis or Valkey cluster | `redis+cluster://` | the same at the node of each lock; slots may move meanwhile |
 //! | a test | `memory:` | one process |
 //!
 //! [`Locks::guarantees`] tells what holds on your very server, and `docs/guarantees.md` in the repository compares them.

@@ -13,7 +13,7 @@ use crate::locks::Locks;
 use crate::store::Store;
 use crate::stores::memory::MemoryStore;
 #[cfg(feature = "redis")]
-use crate::stores::redis::{RedisConfig, RedisStore};
+use crate::stores::redis::{ClusterConfig, ClusterStore, RedisConfig, RedisStore};
 #[cfg(feature = "sqlite")]
 use crate::stores::sqlite::{self, SqliteStore};
 use crate::types::{Fencing, Finding, Severity};
@@ -23,10 +23,11 @@ use crate::types::{Fencing, Finding, Severity};
 /// | URL | store |
 /// |---|---|
 /// | `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `redis+unix:///path` | Redis or Valkey, one server |
+/// | `redis+cluster://[user:password@]host[:port][,host[:port]...]`, `rediss+cluster://` (TLS) | Redis or Valkey, a cluster |
 /// | `sqlite:/path/to/file.db`, `sqlite:` (a file in the home directory) | embedded, for the processes of one machine |
 /// | `memory:` | a new one in this process, for tests |
 ///
-/// `valkey://` and `valkeys://` are the same as `redis://` and `rediss://`. Each store's page in `docs/` lists its options.
+/// `valkey` and `valkeys` are the same as `redis` and `rediss`. Each store's page in `docs/` lists its options.
 ///
 /// # Errors
 /// `Invalid` for a URL that no store understands, before any I/O; else the store's. Passwords are in no error.
@@ -124,6 +125,8 @@ enum Place {
     Sqlite(PathBuf),
     #[cfg(feature = "redis")]
     Redis(Box<RedisConfig>),
+    #[cfg(feature = "redis")]
+    Cluster(Box<ClusterConfig>),
 }
 
 impl Place {
@@ -141,14 +144,22 @@ impl Place {
             "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix" => {
                 RedisConfig::from_url(url).map(|config| Self::Redis(Box::new(config)))
             }
+            #[cfg(feature = "redis")]
+            "redis+cluster" | "rediss+cluster" | "valkey+cluster" | "valkeys+cluster" => {
+                ClusterConfig::from_url(url).map(|config| Self::Cluster(Box::new(config)))
+            }
             #[cfg(not(feature = "sqlite"))]
             "sqlite" => Err(not_built_in(scheme)),
             #[cfg(not(feature = "redis"))]
             "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" | "unix" => {
                 Err(not_built_in(scheme))
             }
+            #[cfg(not(feature = "redis"))]
+            "redis+cluster" | "rediss+cluster" | "valkey+cluster" | "valkeys+cluster" => {
+                Err(not_built_in(scheme))
+            }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
-                .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite: and memory:")),
+                .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, redis+cluster:, sqlite: and memory:")),
         }
     }
 
@@ -163,6 +174,8 @@ impl Place {
             Self::Sqlite(path) => Ok(Arc::new(SqliteStore::open(&path, &sqlite::Options::default())?)),
             #[cfg(feature = "redis")]
             Self::Redis(config) => Ok(RedisStore::connect(*config, runtime.clone()).await?),
+            #[cfg(feature = "redis")]
+            Self::Cluster(config) => Ok(ClusterStore::connect(*config, runtime.clone()).await?),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! The store contract, clause by clause, on every store.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use leasehold::Locks;
 use leasehold::conformance::CLAUSES;
 use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
-use leasehold::stores::redis::{RedisConfig, RedisStore};
+use leasehold::stores::redis::{ClusterConfig, ClusterStore, RedisConfig, RedisStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
+use leasehold_chaos::cluster::Cluster;
 use leasehold_chaos::servers::RedisServer;
 
 /// One test for each clause; the list is compared with `CLAUSES` below.
@@ -59,8 +60,25 @@ async fn sqlite() -> (tempfile::TempDir, Arc<dyn Store>) {
     (folder, Arc::new(store))
 }
 
+/// One cluster for the clauses that run at a time; the last of them ends it.
+async fn redis_cluster() -> (Arc<Cluster>, Arc<dyn Store>) {
+    static SHARED: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
+    let cluster = {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.upgrade().unwrap_or_else(|| {
+            let cluster = Arc::new(Cluster::start());
+            *shared = Arc::downgrade(&cluster);
+            cluster
+        })
+    };
+    let config = ClusterConfig::from_url(&cluster.url()).expect("a URL of ours");
+    let store = ClusterStore::connect(config, tokio::runtime::Handle::current()).await.expect("it runs");
+    (cluster, store)
+}
+
 suite!(memory, memory());
 suite!(redis, redis());
+suite!(redis_cluster, redis_cluster());
 suite!(sqlite, sqlite());
 
 #[test]
