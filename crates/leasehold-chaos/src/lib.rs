@@ -2,6 +2,7 @@
 //!
 //! - [`servers`]: a real `redis-server` on a free port, stopped with the test that started it.
 //! - [`sentinel`]: a master, its replicas and the sentinels that watch over them.
+//! - [`cluster`]: a Redis Cluster of them.
 //! - [`proxy`]: a link to it that counts, holds, cuts and delays what goes through.
 //! - [`checker`]: the judge of what many processes wrote down; it knows only their histories.
 //! - [`wall_clock`]: a wall clock for one process, that can be stepped.
@@ -12,6 +13,7 @@
 )]
 
 pub mod checker;
+pub mod cluster;
 pub mod proxy;
 pub mod resp;
 pub mod sentinel;

@@ -28,6 +28,7 @@
 //! | Redis or Valkey | `redis://` | exclusion as long as that server keeps its data; tokens that grow even if it does not |
 //! | several of these, for load | `ring:?node=URL&node=URL` | each name lives on one of them |
 //! | three or more independent servers | `quorum:` | exclusion while a majority lives and keeps its data; one token that grows |
+//! | a Redis or Valkey cluster | `redis+cluster://` | the same at the node of each lock; slots may move meanwhile |
 //! | a test | `memory:` | one process |
 //!
 //! [`Locks::guarantees`] tells what holds on your very server, and `docs/guarantees.md` in the repository compares them.

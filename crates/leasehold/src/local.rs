@@ -383,7 +383,6 @@ mod tests {
             max_hold: None,
             replicas: None,
             passes: 3,
-            replicas: None,
         }
     }
 

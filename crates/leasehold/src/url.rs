@@ -15,7 +15,7 @@ use crate::store::Store;
 use crate::stores::memory::MemoryStore;
 use crate::stores::quorum::{NodeSource, Opening, QuorumStore};
 #[cfg(feature = "redis")]
-use crate::stores::redis::{RedisConfig, RedisStore};
+use crate::stores::redis::{ClusterConfig, ClusterStore, RedisConfig, RedisStore};
 use crate::stores::ring::{Node, RingStore};
 #[cfg(feature = "sqlite")]
 use crate::stores::sqlite::{self, SqliteStore};
@@ -26,12 +26,13 @@ use crate::types::{Fencing, Finding, Severity};
 /// | URL | store |
 /// |---|---|
 /// | `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `redis+unix:///path` | Redis or Valkey, one server |
+/// | `redis+cluster://[user:password@]host[:port][,host[:port]...]`, `rediss+cluster://` (TLS) | Redis or Valkey, a cluster |
 /// | `sqlite:/path/to/file.db`, `sqlite:` (a file in the home directory) | embedded, for the processes of one machine |
 /// | `ring:?node=URL&node=URL` | each name on one of several, for load: see `docs/ring.md` |
 /// | `quorum:?node=URL&node=URL&node=URL` | one lock over three or more independent stores, of which a minority may fail |
 /// | `memory:` | a new one in this process, for tests |
 ///
-/// `valkey://` and `valkeys://` are the same as `redis://` and `rediss://`. Each store's page in `docs/` lists its options.
+/// `valkey` and `valkeys` are the same as `redis` and `rediss`. Each store's page in `docs/` lists its options.
 ///
 /// # Errors
 /// `Invalid` for a URL that no store understands, before any I/O; else the store's. Passwords are in no error.
@@ -132,6 +133,8 @@ enum Place {
     Sqlite(PathBuf),
     #[cfg(feature = "redis")]
     Redis(Box<RedisConfig>),
+    #[cfg(feature = "redis")]
+    Cluster(Box<ClusterConfig>),
 }
 
 impl Place {
@@ -152,6 +155,10 @@ impl Place {
             | "redis+sentinel" | "rediss+sentinel" | "valkey+sentinel" | "valkeys+sentinel" => {
                 RedisConfig::from_url(url).map(|config| Self::Redis(Box::new(config)))
             }
+            #[cfg(feature = "redis")]
+            "redis+cluster" | "rediss+cluster" | "valkey+cluster" | "valkeys+cluster" => {
+                ClusterConfig::from_url(url).map(|config| Self::Cluster(Box::new(config)))
+            }
             #[cfg(not(feature = "sqlite"))]
             "sqlite" => Err(not_built_in(scheme)),
             #[cfg(not(feature = "redis"))]
@@ -159,9 +166,14 @@ impl Place {
             | "redis+sentinel" | "rediss+sentinel" | "valkey+sentinel" | "valkeys+sentinel" => {
                 Err(not_built_in(scheme))
             }
+            #[cfg(not(feature = "redis"))]
+            "redis+cluster" | "rediss+cluster" | "valkey+cluster" | "valkeys+cluster" => {
+                Err(not_built_in(scheme))
+            }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
                 .advise(
-                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite:, ring:, quorum: and memory:",
+                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, redis+sentinel:, redis+cluster:, \
+                     sqlite:, ring:, quorum: and memory:",
                 )),
         }
     }
@@ -184,6 +196,8 @@ impl Place {
                 }
                 #[cfg(feature = "redis")]
                 Self::Redis(config) => Ok(RedisStore::connect(*config, runtime).await? as Arc<dyn Store>),
+                #[cfg(feature = "redis")]
+                Self::Cluster(config) => Ok(ClusterStore::connect(*config, runtime).await? as Arc<dyn Store>),
             }
         })
     }
@@ -198,6 +212,8 @@ impl Place {
             Self::Sqlite(path) => format!("sqlite:{}", path.display()).into(),
             #[cfg(feature = "redis")]
             Self::Redis(config) => config.location(),
+            #[cfg(feature = "redis")]
+            Self::Cluster(config) => config.location(),
         }
     }
 

@@ -7,9 +7,10 @@ use leasehold::conformance::CLAUSES;
 use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
 use leasehold::stores::quorum::{NodeSource, QuorumStore};
-use leasehold::stores::redis::{RedisConfig, RedisStore};
+use leasehold::stores::redis::{ClusterConfig, ClusterStore, RedisConfig, RedisStore};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::stores::sqlite::{Options, SqliteStore};
+use leasehold_chaos::cluster::Cluster;
 use leasehold_chaos::sentinel::Deployment;
 use leasehold_chaos::servers::{RedisServer, default_program};
 
@@ -123,6 +124,23 @@ suite!(redis_8, redis("redis-8"));
 suite!(valkey_8, redis("valkey-8"));
 suite!(valkey_9, redis("valkey-9"));
 suite!(redis_sentinel, redis_sentinel());
+/// One cluster for the clauses that run at a time; the last of them ends it.
+async fn redis_cluster() -> (Arc<Cluster>, Arc<dyn Store>) {
+    static SHARED: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
+    let cluster = {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.upgrade().unwrap_or_else(|| {
+            let cluster = Arc::new(Cluster::start());
+            *shared = Arc::downgrade(&cluster);
+            cluster
+        })
+    };
+    let config = ClusterConfig::from_url(&cluster.url()).expect("a URL of ours");
+    let store = ClusterStore::connect(config, tokio::runtime::Handle::current()).await.expect("it runs");
+    (cluster, store)
+}
+
+suite!(redis_cluster, redis_cluster());
 suite!(sqlite, sqlite());
 suite!(ring, ring());
 suite!(ring_that_changes, moving());

@@ -40,14 +40,17 @@ pub(super) struct Job {
     count: usize,
     /// Whether a script can tell the side keys from the lock's.
     is_plain: bool,
+    /// Only jobs of one slot share a command; on one server all have the same.
+    slot: u16,
     deadline: Instant,
     answer: Option<oneshot::Sender<Result<Value, Unanswered>>>,
 }
 
 impl Job {
-    pub(super) fn new(verb: Verb, is_plain: bool, capacity: usize) -> Self {
+    pub(super) fn new(verb: Verb, is_plain: bool, slot: u16, capacity: usize) -> Self {
         Self {
             verb,
+            slot,
             bytes: Vec::with_capacity(capacity),
             ends: [0; 6],
             count: 0,
@@ -97,6 +100,8 @@ pub(super) struct Patience {
     pub(super) deadline: Instant,
     /// Whether it is shorter than the others', so that it may end in the queue, behind commands that have more.
     pub(super) is_short: bool,
+    /// Whether the slot is only on its way to the server, which then serves who says so.
+    pub(super) asking: bool,
 }
 
 /// Where jobs are handed in.
@@ -168,7 +173,7 @@ impl Counter {
 }
 
 /// The answer of a command for one job.
-fn only(answer: Value) -> Value {
+pub(super) fn only(answer: Value) -> Value {
     match answer {
         Value::Array(mut answers) if answers.len() == 1 => answers.swap_remove(0),
         answer => answer,
@@ -199,11 +204,43 @@ async fn serve(
             }
         }
         for batch in [releases, acquires] {
-            if !batch.is_empty() {
-                calls.spawn(run(batch, connection.clone(), closed.clone()));
+            if batch.is_empty() {
+                continue;
+            }
+            let mut parts = by_slot(batch);
+            if let [_] = parts[..] {
+                calls.spawn(run(parts.swap_remove(0), connection.clone(), closed.clone()));
+            } else {
+                calls.spawn(run_all(parts, connection.clone(), closed.clone()));
             }
         }
     }
+}
+
+/// The jobs of each slot by themselves: a cluster takes no command about two.
+fn by_slot(mut batch: Vec<Box<Job>>) -> Vec<Vec<Box<Job>>> {
+    if batch.iter().all(|job| job.slot == batch[0].slot) {
+        return vec![batch];
+    }
+    // Those of one slot stay in their order.
+    batch.sort_by_key(|job| job.slot);
+    let mut parts: Vec<Vec<Box<Job>>> = Vec::new();
+    for job in batch {
+        match parts.last_mut() {
+            Some(part) if part[0].slot == job.slot => part.push(job),
+            _ => parts.push(vec![job]),
+        }
+    }
+    parts
+}
+
+/// Commands that are ready together: they go in one write, and count as one.
+async fn run_all(parts: Vec<Vec<Box<Job>>>, connection: MultiplexedConnection, closed: Arc<AtomicBool>) {
+    let mut calls = JoinSet::new();
+    for part in parts {
+        calls.spawn(run(part, connection.clone(), closed.clone()));
+    }
+    while calls.join_next().await.is_some() {}
 }
 
 async fn run(mut batch: Vec<Box<Job>>, connection: MultiplexedConnection, closed: Arc<AtomicBool>) {
@@ -285,7 +322,8 @@ async fn heard<T>(batch: &mut [Box<Job>], work: impl Future<Output = T>) -> Opti
     }
 }
 
-fn command(batch: &[Box<Job>], by: By) -> Cmd {
+/// The command for some jobs of one verb.
+pub(super) fn command(batch: &[Box<Job>], by: By) -> Cmd {
     let bytes = batch.iter().map(|job| job.bytes.len()).sum();
     if batch[0].verb == Verb::Acquire {
         let mut call = ACQUIRE.call(by, 2 * batch.len(), 4 * batch.len(), bytes);
@@ -315,5 +353,20 @@ fn command(batch: &[Box<Job>], by: By) -> Cmd {
 fn write_all(call: &mut Cmd, batch: &[Box<Job>], number: usize) {
     for job in batch {
         call.write_arg(job.argument(number));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jobs_share_a_command_with_all_others_of_their_slot_and_with_no_other() {
+        let of = |slots: &[u16]| -> Vec<Vec<u16>> {
+            let jobs = slots.iter().map(|slot| Box::new(Job::new(Verb::Acquire, true, *slot, 0))).collect();
+            by_slot(jobs).iter().map(|part| part.iter().map(|job| job.slot).collect()).collect()
+        };
+        assert_eq!(of(&[7, 7, 7]), [[7, 7, 7]]);
+        assert_eq!(of(&[2, 1, 2, 3, 1]), [vec![1, 1], vec![2, 2], vec![3]]);
     }
 }

@@ -17,9 +17,10 @@ use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
-use super::combine::{Counter, Job, Patience, Unanswered};
+use super::combine::{Counter, Job, Patience, Unanswered, command, only};
 use super::config::{Address, RedisConfig};
 use super::reply::{self, Refusal};
+use super::script::By;
 use super::sentinel::{self, Named, Sentinels};
 use super::waiting::Waiting;
 use crate::clock::{self, Instant};
@@ -107,6 +108,36 @@ enum Slot {
     Up(Arc<Link>),
 }
 
+/// What the connections of one store share: those to one server, or to all nodes of a cluster.
+#[derive(Debug, Default)]
+pub(super) struct Hub {
+    generations: AtomicU64,
+    /// Rung when a connection broke, and when there is a new one in its place.
+    disturbed: Notify,
+    /// The same, and when a node did not answer as it should: for who keeps the map of a cluster.
+    pub(super) stale: Notify,
+    /// Whether the servers are nodes of a cluster: a command then has the keys of one slot only.
+    pub(super) is_cluster: bool,
+}
+
+impl Hub {
+    /// For the nodes of a cluster.
+    pub(super) fn of_cluster() -> Self {
+        Self { is_cluster: true, ..Self::default() }
+    }
+
+    /// Has everything that is held confirmed at once.
+    pub(super) fn disturb(&self) {
+        self.disturbed.notify_one();
+        self.stale.notify_one();
+    }
+
+    /// Resolves when a connection broke, or was replaced, or slots moved.
+    pub(super) async fn disturbed(&self) {
+        self.disturbed.notified().await;
+    }
+}
+
 /// Makes connections on a runtime of its own, whatever executor the callers are on.
 #[derive(Debug)]
 pub(super) struct Connector {
@@ -114,30 +145,35 @@ pub(super) struct Connector {
     pub(super) location: Arc<str>,
     runtime: Handle,
     slot: Mutex<Slot>,
-    generations: AtomicU64,
+    /// Whether there was a connection before.
+    was_up: AtomicBool,
     /// Who is told of messages, and of a connection that broke.
     waiting: Arc<Waiting>,
-    /// Rung when a connection broke, and when there is a new one.
-    disturbed: Arc<Notify>,
     /// Where the newest connection leads.
     master: watch::Sender<Option<Address>>,
     /// What the sentinel that is listened to said last.
     named: Mutex<Option<Named>>,
+    pub(super) hub: Arc<Hub>,
 }
 
 impl Connector {
-    pub(super) fn new(config: RedisConfig, runtime: Handle, waiting: Arc<Waiting>) -> Arc<Self> {
+    pub(super) fn new(
+        config: RedisConfig,
+        runtime: Handle,
+        waiting: Arc<Waiting>,
+        hub: Arc<Hub>,
+    ) -> Arc<Self> {
         let location = config.location();
         Arc::new(Self {
             config,
             location,
             runtime,
             slot: Mutex::new(Slot::Down),
-            generations: AtomicU64::new(0),
+            was_up: AtomicBool::new(false),
             waiting,
-            disturbed: Arc::default(),
             master: watch::Sender::new(None),
             named: Mutex::default(),
+            hub,
         })
     }
 
@@ -160,9 +196,9 @@ impl Connector {
         self.master.subscribe()
     }
 
-    /// Resolves when a connection broke, or was replaced.
-    pub(super) async fn disturbed(&self) {
-        self.disturbed.notified().await;
+    /// Whether there is a connection that nobody found broken.
+    pub(super) fn is_up(&self) -> bool {
+        matches!(&*self.slot(), Slot::Up(link) if link.is_open())
     }
 
     /// The sentinels that are asked where the server is, if there are any.
@@ -225,8 +261,8 @@ impl Connector {
             };
             if let Ok(link) = &outcome {
                 this.waiting.connected(link.generation);
-                if link.generation > 1 {
-                    this.disturbed.notify_one();
+                if this.was_up.swap(true, Ordering::AcqRel) {
+                    this.hub.disturb();
                 }
             }
             *this.slot() = match &outcome {
@@ -296,7 +332,7 @@ impl Connector {
             Err(error) => return Ok(Err(error)),
         };
         let closed = Arc::new(AtomicBool::new(false));
-        let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
+        let generation = self.hub.generations.fetch_add(1, Ordering::Relaxed) + 1;
         // Time-outs are ours: by the boot-time clock, and under any executor.
         let mut options = AsyncConnectionConfig::new()
             .set_connection_timeout(None)
@@ -305,13 +341,13 @@ impl Connector {
         if protocol == ProtocolVersion::RESP3 {
             let (closed, waiting, prefix) =
                 (closed.clone(), self.waiting.clone(), self.config.prefix.clone());
-            let disturbed = self.disturbed.clone();
+            let hub = self.hub.clone();
             options = options.set_push_sender(move |push: PushInfo| -> Result<(), redis::aio::SendError> {
                 match (push.kind, push.data.as_slice()) {
                     (PushKind::Disconnection, _) => {
                         closed.store(true, Ordering::Release);
                         waiting.disconnected(generation);
-                        disturbed.notify_one();
+                        hub.disturb();
                     }
                     (PushKind::Message, [_, Value::BulkString(message)]) => {
                         waiting.pushed(&prefix, generation, message);
@@ -439,6 +475,11 @@ impl Connector {
             link.closed.store(true, Ordering::Release);
             Err(Error::new(kind, "the runtime that kept the connection has ended").on_store(&self.location))
         };
+        if patience.asking {
+            // Boxed, for what is rare must not make the common case carry its room.
+            let call = |by| Ok(command(std::slice::from_ref(&job), by));
+            return Box::pin(self.ask(link, patience.deadline, call)).await;
+        }
         let Some(answer) = link.unless_given_up(link.counter.submit(&link.connection, job, patience)).await
         else {
             return Err(self.given_up());
@@ -460,6 +501,43 @@ impl Connector {
             Some(Ok(value)) => Ok(self.heard(link, value)),
             failed => Err(self.unanswered(link, failed.and_then(Result::err))),
         }
+    }
+
+    /// Calls a script at a node that a slot is on its way to, which serves it to who says `ASKING` before.
+    pub(super) async fn ask(
+        &self,
+        link: &Arc<Link>,
+        deadline: Instant,
+        call: impl Fn(By) -> Result<Cmd>,
+    ) -> Result<Value> {
+        let mut answer = Value::Nil;
+        for by in [By::Digest, By::Text] {
+            let answers = self.send_calls(link, vec![call(by)?], true, deadline).await?;
+            answer = answers.into_iter().next().map(only).unwrap_or_default();
+            if !reply::is_unknown_script(&answer) {
+                break;
+            }
+        }
+        Ok(answer)
+    }
+
+    /// As [`send_all`](Self::send_all), each with `ASKING` before it if `asking`.
+    pub(super) async fn send_calls(
+        &self,
+        link: &Arc<Link>,
+        calls: Vec<Cmd>,
+        asking: bool,
+        deadline: Instant,
+    ) -> Result<Vec<Value>> {
+        let mut commands = redis::Pipeline::with_capacity(2 * calls.len());
+        for call in calls {
+            if asking {
+                commands.cmd("ASKING");
+            }
+            commands.add_command(call);
+        }
+        let answers = self.send_all(link, &commands, deadline).await?;
+        Ok(if asking { answers.into_iter().skip(1).step_by(2).collect() } else { answers })
     }
 
     /// Sends several commands in one write: one answer each.
@@ -535,7 +613,7 @@ impl Connector {
         if let Some(link) = &stale {
             tracing::info!(store = %self.location, master = %named.host, "another server is the master now");
             self.give_up(link);
-            self.disturbed.notify_one();
+            self.hub.disturb();
         }
         if stale.is_some() || is_news {
             let this = self.clone();

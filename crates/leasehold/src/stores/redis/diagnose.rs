@@ -49,7 +49,11 @@ impl RedisStore {
         findings.push(memory(&facts));
         findings.push(self.clock(&link).await?);
         findings.push(self.round_trip(&link).await?);
-        findings.extend(self.rights(&link).await?);
+        let id = clock::claim_id();
+        let name = Name::new(format!("leasehold-probe-{id}"))?;
+        let index =
+            [self.keyspace.index().unwrap_or_default(), b":probe-", id.to_string().as_bytes()].concat();
+        findings.extend(self.rights(&link, &name, &index).await?);
         findings.push(self.extras(&link).await?);
         Ok((findings, link))
     }
@@ -172,14 +176,11 @@ impl RedisStore {
     }
 
     /// Tries each right on keys that nobody uses, which end by themselves.
-    async fn rights(&self, link: &Arc<Link>) -> Result<Vec<Finding>> {
-        let id = clock::claim_id();
-        let name = Name::new(format!("leasehold-probe-{id}"))?;
-        let keys = self.keyspace.keys(&name)?;
+    pub(super) async fn rights(&self, link: &Arc<Link>, name: &Name, index: &[u8]) -> Result<Vec<Finding>> {
+        let keys = self.keyspace.keys(name)?;
         let (lock, mut side) = (keys.lock(), Vec::new());
         super::wrote(keys.write_fence(&mut side))?;
-        let index = [self.keyspace.index(), b":probe-", id.to_string().as_bytes()].concat();
-        let trials = trials(&lock, &side, &index);
+        let trials = trials(&lock, &side, index);
         let mut calls = Pipeline::with_capacity(trials.len());
         for (_, call) in &trials {
             calls.add_command(call.clone());
@@ -313,7 +314,7 @@ fn role(facts: &Facts) -> Finding {
     }
 }
 
-fn persistence(facts: &Facts) -> Finding {
+pub(super) fn persistence(facts: &Facts) -> Finding {
     let (severity, found, meaning) = match facts.persistence() {
         Persistence::Durable => (Severity::Good, "append-only file, fsync always", "locks survive a restart"),
         Persistence::Log => (
@@ -344,7 +345,7 @@ fn persistence(facts: &Facts) -> Finding {
     Finding::new("persistence", severity, found, meaning)
 }
 
-fn eviction(facts: &Facts) -> Finding {
+pub(super) fn eviction(facts: &Facts) -> Finding {
     let policy = facts.info("maxmemory_policy").or(facts.setting("maxmemory-policy")).unwrap_or("unknown");
     if facts.may_evict() {
         Finding::new(
@@ -358,7 +359,7 @@ fn eviction(facts: &Facts) -> Finding {
     }
 }
 
-fn memory(facts: &Facts) -> Finding {
+pub(super) fn memory(facts: &Facts) -> Finding {
     match (facts.number("used_memory"), facts.number("maxmemory")) {
         (Some(used), Some(0)) => Finding::new(
             "memory",

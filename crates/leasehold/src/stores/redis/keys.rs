@@ -10,27 +10,38 @@ use crate::types::{ClaimId, Escaped, Name, RESERVED_PREFIX};
 /// `lh1:<32 hexadecimal digits>:`, the beginning of a lock's value that says whose it is.
 pub(super) const OWNER_BYTES: usize = 37;
 /// Hash slots of a cluster.
-const SLOTS: u16 = 16384;
+pub(super) const SLOTS: u16 = 16384;
 
 /// Where a store's locks are: everything before the name.
 #[derive(Debug)]
 pub(super) struct Keyspace {
     prefix: Vec<u8>,
     index: Vec<u8>,
+    is_cluster: bool,
 }
 
 impl Keyspace {
-    pub(super) fn new(prefix: &[u8]) -> Self {
-        Self { prefix: prefix.into(), index: [b"leasehold:index:", prefix].concat() }
+    pub(super) fn new(prefix: &[u8], is_cluster: bool) -> Self {
+        Self { prefix: prefix.into(), index: [b"leasehold:index:", prefix].concat(), is_cluster }
+    }
+
+    /// The slot that a lock's commands may have keys of; the same for all where there is no cluster.
+    pub(super) fn slot_of(&self, keys: &Keys<'_>) -> u16 {
+        if self.is_cluster { slot(&keys.lock()) } else { 0 }
+    }
+
+    /// The index in a slot of a cluster: of the names held at the node whose first slot it is.
+    pub(super) fn index_in(&self, slot: u16) -> Vec<u8> {
+        [b"leasehold:index:{", text_of_slot(slot).as_bytes(), b"}:", &*self.prefix].concat()
     }
 
     pub(super) fn prefix(&self) -> &[u8] {
         &self.prefix
     }
 
-    /// The sorted set of names held for longer than a moment.
-    pub(super) fn index(&self) -> &[u8] {
-        &self.index
+    /// The sorted set of names held for longer than a moment, where one holds them all: not in a cluster.
+    pub(super) fn index(&self) -> Option<&[u8]> {
+        (!self.is_cluster).then_some(&*self.index)
     }
 
     /// The hash of the names that an owner waits for.
@@ -98,7 +109,7 @@ fn crc16(bytes: &[u8]) -> u16 {
 }
 
 /// The least number whose decimal digits fall in that slot.
-fn text_of_slot(slot_wanted: u16) -> String {
+pub(super) fn text_of_slot(slot_wanted: u16) -> String {
     static TEXTS: OnceLock<Vec<u32>> = OnceLock::new();
     let texts = TEXTS.get_or_init(|| {
         let mut texts = vec![None; usize::from(SLOTS)];
@@ -217,7 +228,7 @@ pub struct KeyNames {
 /// `Invalid` if the two together begin with `leasehold:`.
 #[doc(hidden)]
 pub fn key_names(prefix: &[u8], name: &Name, id: ClaimId) -> Result<KeyNames> {
-    let space = Keyspace::new(prefix);
+    let space = Keyspace::new(prefix, false);
     let keys = space.keys(name)?;
     let (mut fence, mut gone) = (Vec::new(), Vec::new());
     // Writing to a Vec cannot fail.
@@ -274,7 +285,7 @@ mod tests {
     #[test]
     fn prefix_and_name_together_stay_out_of_the_reserved_keys() {
         let refused =
-            |prefix: &[u8], name: &str| Keyspace::new(prefix).keys(&Name::new(name).unwrap()).is_err();
+            |prefix: &[u8], name: &str| Keyspace::new(prefix, false).keys(&Name::new(name).unwrap()).is_err();
         assert!(refused(b"lease", "hold:x"));
         assert!(refused(b"leasehold", ":"));
         assert!(!refused(b"lease", "hold"));

@@ -45,7 +45,7 @@ pub(super) fn attend(store: &Arc<RedisStore>) {
                 let store = store.clone();
                 tokio::spawn(async move {
                     // Each claim has an id of its own: this can free no lock but its own.
-                    if let Err(error) = store.give_back(&held, false).await {
+                    if let Err(error) = store.give_back(&held, false, false).await {
                         tracing::debug!(lock = %held.name, %error, "not given back again on the new master");
                     }
                 });

@@ -49,7 +49,15 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
     if again ~= '' then
       local entry
       ahead, entry = find(claim)
-      if ahead then since = match(entry, '^1 %x+ %S+ %d+ %d+ (%d+)') end
+      if ahead then
+        since = match(entry, '^1 %x+ %S+ %d+ %d+ (%d+)')
+        local caller, rest = match(entry, '^1 %x+ (%S+)(.*)$')
+        if caller ~= process then
+          -- It was put in line at another node, before the slot came to this one: from now on it is called here.
+          local moved = pcall('LSET', queue, ahead, '1 ' .. claim .. ' ' .. process .. rest)
+          if moved.err then return strange_line(moved) end
+        end
+      end
     end
     if not ahead then
       local length = limit ~= '-' and pcall('LLEN', queue)
@@ -132,7 +140,14 @@ local function line(what, text, lock, fence, claim, value, wish, ttl, record)
         local reached = first == claim
         if not reached then
           local grant = '1 ' .. first .. ' ' .. token_text .. ' ' .. lease .. ' ' .. attempt .. ' ' .. lock
-          local ears = pcall('PUBLISH', process, grant)
+          -- In a cluster a message goes to every node, also to one that the process listens at no more: who is not here is
+          -- not told at all, or it would take for granted what the next in line is given.
+          local here = true
+          if sub(process, 1, 15) == 'leasehold:node:' then
+            local listening = pcall('PUBSUB', 'NUMSUB', process)
+            here = not listening.err and listening[2] > 0
+          end
+          local ears = here and pcall('PUBLISH', process, grant)
           reached = type(ears) == 'number' and ears > 0
         end
         if reached then

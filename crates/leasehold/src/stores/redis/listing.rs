@@ -8,7 +8,7 @@ use redis::{Pipeline, RedisWrite, Value};
 
 use super::connection::Link;
 use super::keys::Keys;
-use super::reply::{self, Occupant, Refusal};
+use super::reply::{self, Occupant};
 use super::script::{By, INSPECT, LIST};
 use super::{RedisStore, wrote};
 use crate::clock::Instant;
@@ -16,13 +16,13 @@ use crate::error::Result;
 use crate::types::{ClaimId, Holder, LockView, Name, Page, Query, Record, Waiter};
 
 /// The most locks of one page.
-const PAGE: usize = 500;
+pub(super) const PAGE: usize = 500;
 /// Locks looked at by one command, so that no command holds the server up for long.
-const BATCH: usize = 100;
+pub(super) const BATCH: usize = 100;
 /// For how long it is remembered where an owner waits, unless it says so again.
 const ANNOUNCED: Duration = Duration::from_secs(30);
 /// The most waiters listed of one lock; all are counted.
-const MOST_WAITERS: usize = 1_000;
+pub(super) const MOST_WAITERS: usize = 1_000;
 
 impl RedisStore {
     pub(super) async fn look_at(&self, query: &Query) -> Result<Page<LockView>> {
@@ -30,28 +30,26 @@ impl RedisStore {
         let link = self.connector.link(deadline).await?;
         match query {
             Query::One(name) => {
-                let items = self.views(&link, std::slice::from_ref(name), MOST_WAITERS, deadline).await?;
+                let items = self.view_all(&link, std::slice::from_ref(name), MOST_WAITERS, deadline).await?;
                 Ok(Page { items, next: None })
             }
             Query::Waits { owner } => {
                 let names = self.announced(&link, owner, deadline).await?;
                 let mut items = Vec::with_capacity(names.len());
                 for names in names.chunks(PAGE) {
-                    items.extend(self.views(&link, names, MOST_WAITERS, deadline).await?);
+                    items.extend(self.view_all(&link, names, MOST_WAITERS, deadline).await?);
                 }
-                // What was announced may be over.
-                let waits = |waiter: &Waiter| {
-                    waiter.record.as_ref().is_some_and(|record| record.owner.as_ref() == Some(owner))
-                };
-                items.retain(|view| view.queue.iter().any(waits));
+                items.retain(|view| waits_for(view, owner));
                 Ok(Page { items, next: None })
             }
             Query::Prefix { prefix, after, limit } => {
                 let limit = (*limit).clamp(1, PAGE);
-                let names = self.indexed(&link, prefix, after.as_ref(), limit, deadline).await?;
+                let index = self.keyspace.index().unwrap_or_default();
+                let names = self.indexed(&link, index, prefix, after.as_ref(), limit, deadline).await?;
+                let names: Vec<_> = names.into_iter().collect();
                 let next = names.get(limit - 1).filter(|_| names.len() > limit).cloned();
                 let names = &names[..names.len().min(limit)];
-                let mut items = self.views(&link, names, 0, deadline).await?;
+                let mut items = self.view_all(&link, names, 0, deadline).await?;
                 items.retain(|view| view.holder.is_some());
                 Ok(Page { items, next })
             }
@@ -59,15 +57,15 @@ impl RedisStore {
     }
 
     /// Up to one name more than `limit`, in order.
-    async fn indexed(
+    pub(super) async fn indexed(
         &self,
         link: &Arc<Link>,
+        index: &[u8],
         prefix: &[u8],
         after: Option<&Name>,
         limit: usize,
         deadline: Instant,
-    ) -> Result<Vec<Name>> {
-        let index = self.keyspace.index();
+    ) -> Result<BTreeSet<Name>> {
         let call = |by| {
             let mut call = LIST.call(by, 1, 0, index.len());
             call.write_arg(index);
@@ -87,7 +85,7 @@ impl RedisStore {
                 }
             }
         }
-        Ok(names.into_iter().collect())
+        Ok(names)
     }
 
     /// Makes known that `owner` waits for a lock: an owner's waits may lie in many lines, and nothing else leads there.
@@ -104,7 +102,12 @@ impl RedisStore {
         Ok(())
     }
 
-    async fn announced(&self, link: &Arc<Link>, owner: &str, deadline: Instant) -> Result<Vec<Name>> {
+    pub(super) async fn announced(
+        &self,
+        link: &Arc<Link>,
+        owner: &str,
+        deadline: Instant,
+    ) -> Result<Vec<Name>> {
         let mut call = redis::cmd("HKEYS");
         call.arg(self.keyspace.owner(owner));
         let answer = self.accepted(self.connector.send(link, &call, deadline).await?)?;
@@ -117,39 +120,56 @@ impl RedisStore {
     }
 
     /// One view for each name, in one round trip.
-    async fn views(
+    async fn view_all(
         &self,
         link: &Arc<Link>,
         names: &[Name],
         waiters: usize,
         deadline: Instant,
     ) -> Result<Vec<LockView>> {
-        let keys = names.iter().map(|name| self.keyspace.keys(name)).collect::<Result<Vec<_>>>()?;
+        let batches: Vec<_> = names.chunks(BATCH).collect();
+        self.views(link, &batches, waiters, false, deadline).await
+    }
+
+    /// One view for each name, by one command for each batch, all in one round trip.
+    pub(super) async fn views(
+        &self,
+        link: &Arc<Link>,
+        batches: &[&[Name]],
+        waiters: usize,
+        asking: bool,
+        deadline: Instant,
+    ) -> Result<Vec<LockView>> {
+        if batches.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut by = By::Digest;
         let answers = loop {
-            let mut calls = Pipeline::with_capacity(names.len().div_ceil(BATCH));
-            for batch in keys.chunks(BATCH) {
-                calls.add_command(inspect_call(batch, waiters, by)?);
-            }
-            if calls.is_empty() {
-                return Ok(Vec::new());
-            }
-            let answers = self.connector.send_all(link, &calls, deadline).await?;
-            let is_unknown = answers.iter().any(
-                |answer| matches!(answer, Value::ServerError(error) if Refusal::of(error).is_unknown_script()),
-            );
-            if !is_unknown || by == By::Text {
+            let calls = batches.iter().map(|names| {
+                let keys = names.iter().map(|name| self.keyspace.keys(name)).collect::<Result<Vec<_>>>()?;
+                inspect_call(&keys, waiters, by)
+            });
+            let calls = calls.collect::<Result<Vec<_>>>()?;
+            let answers = self.connector.send_calls(link, calls, asking, deadline).await?;
+            if !answers.iter().any(reply::is_unknown_script) || by == By::Text {
                 break answers;
             }
             by = By::Text;
         };
-        let mut views = Vec::with_capacity(names.len());
-        for (batch, answer) in names.chunks(BATCH).zip(answers) {
+        let mut views = Vec::new();
+        for (batch, answer) in batches.iter().zip(answers) {
             let answer = self.accepted(answer)?;
             views.extend(read_views(batch, &answer).ok_or_else(|| reply::unexpected(&answer))?);
         }
         Ok(views)
     }
+}
+
+/// Whether the owner waits there: what was announced may be over.
+pub(super) fn waits_for(view: &LockView, owner: &str) -> bool {
+    let of =
+        |waiter: &Waiter| waiter.record.as_ref().is_some_and(|record| record.owner.as_deref() == Some(owner));
+    view.queue.iter().any(of)
 }
 
 fn inspect_call(batch: &[Keys<'_>], waiters: usize, by: By) -> Result<redis::Cmd> {

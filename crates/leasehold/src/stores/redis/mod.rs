@@ -3,6 +3,7 @@
 //! A lock is a plain string key, written with `SET .. NX PX` and removed by compare-and-delete, as many libraries do
 //! it: they and Leasehold exclude each other on one name. `docs/redis.md` tells the rest.
 
+mod cluster;
 mod combine;
 mod config;
 mod connection;
@@ -25,9 +26,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use redis::{Cmd, Pipeline, RedisWrite, Value};
+use redis::{Cmd, RedisWrite, Value};
 use tokio::runtime::Handle;
 
+pub use cluster::{ClusterConfig, ClusterStore};
 pub use config::{DEFAULT_TIMEOUT, PASSWORD_VARIABLE, RedisConfig, USERNAME_VARIABLE};
 pub use fence::{FENCED_SET, RedisFence};
 #[doc(hidden)]
@@ -42,7 +44,7 @@ use crate::types::{
     Released, Renewal, Replication, Ticket,
 };
 use combine::{Job, Patience, Verb};
-use connection::{Connector, Link};
+use connection::{Connector, Hub, Link};
 use keys::{Keys, Keyspace, owner};
 use lately::Lately;
 use replicas::Aside;
@@ -80,26 +82,32 @@ impl RedisStore {
     /// # Round trips
     /// The dial and four.
     pub async fn connect(config: RedisConfig, runtime: Handle) -> Result<Arc<Self>> {
-        let keyspace = Keyspace::new(&config.prefix);
-        let username = config.username.clone();
-        let waiting = Arc::new(Waiting::new());
-        let connector = Connector::new(config, runtime, waiting.clone());
-        let guarantees = look::guarantees(&connector).await?;
-        let store = Arc::new(Self {
-            connector,
-            keyspace,
-            username,
-            guarantees,
-            waiting,
-            aside: Aside::default(),
-            lately: Lately::default(),
-        });
+        let mut store = Self::new(config, runtime, Arc::default());
+        store.guarantees = look::guarantees(&store.connector).await?;
+        let store = Arc::new(store);
         refresh::attend(&store);
         if store.connector.sentinels().is_some() {
             sentinel::attend(&store.connector);
             lately::attend(&store);
         }
         Ok(store)
+    }
+
+    /// A store that has not looked at its server yet.
+    fn new(config: RedisConfig, runtime: Handle, hub: Arc<Hub>) -> Self {
+        let keyspace = Keyspace::new(&config.prefix, hub.is_cluster);
+        let username = config.username.clone();
+        let waiting = Arc::new(Waiting::new(if hub.is_cluster { "node" } else { "push" }));
+        let connector = Connector::new(config, runtime, waiting.clone(), hub);
+        Self {
+            connector,
+            keyspace,
+            username,
+            guarantees: Guarantees::strict(""),
+            waiting,
+            aside: Aside::default(),
+            lately: Lately::default(),
+        }
     }
 
     /// How many things it remembers of claims that wait or waited: a test's look for leaks.
@@ -148,7 +156,7 @@ impl RedisStore {
             .map_err(|error| error.on_store(&self.connector.location))
     }
 
-    async fn acquire_once(&self, claim: &Claim) -> Result<Acquired> {
+    async fn acquire_once(&self, claim: &Claim, how: How) -> Result<Acquired> {
         let ttl = checked_ttl(claim.ttl)?;
         if claim.record.len() > MAX_RECORD_BYTES {
             return Err(Error::invalid(format!(
@@ -160,19 +168,19 @@ impl RedisStore {
         let deadline = self.deadline(Some(claim.ttl));
         let link = self.connector.link(deadline).await?;
         if !claim.queue {
-            return self.present(&keys, claim, ttl, &link, deadline, None).await;
+            return self.present(&keys, claim, ttl, (&link, how), deadline, None).await;
         }
         // Nobody joins the line who cannot be called; until somebody waits on a connection, it asks for no calls.
         let mut busy = None;
-        if !link.is_subscribed() && !self.waiting.knows(claim.id) {
-            let answer = self.present(&keys, claim, ttl, &link, deadline, None).await?;
+        if !link.is_subscribed() && !how.again && !self.waiting.knows(claim.id) {
+            let answer = self.present(&keys, claim, ttl, (&link, how), deadline, None).await?;
             if !matches!(answer, Acquired::Busy(_)) {
                 return Ok(answer);
             }
             busy = Some(answer);
         }
         // Boxed, for what is rare must not make the common case carry its room.
-        Box::pin(self.join(&keys, claim, ttl, &link, deadline, busy)).await
+        Box::pin(self.join(&keys, claim, ttl, (&link, how), deadline, busy)).await
     }
 
     /// Presents a claim so that it waits in line; `busy` is what was seen a moment before, if it was presented already.
@@ -181,15 +189,15 @@ impl RedisStore {
         keys: &Keys<'_>,
         claim: &Claim,
         ttl: u64,
-        link: &Arc<Link>,
+        (link, how): (&Arc<Link>, How),
         deadline: Instant,
         busy: Option<Acquired>,
     ) -> Result<Acquired> {
-        let attempt = self.waiting.present(claim).ok_or_else(passing_on)?;
+        let attempt = self.waiting.present(claim, how.again).ok_or_else(passing_on)?;
         // Only now, with the claim noted: the calls are not given up while anybody is.
         let answer = match (self.connector.subscribe(link, deadline).await, busy) {
             (Ok(true), busy) => {
-                let answer = self.present(keys, claim, ttl, link, deadline, Some(&attempt)).await;
+                let answer = self.present(keys, claim, ttl, (link, how), deadline, Some(&attempt)).await;
                 match answer {
                     // That somebody else has it is known; whether the claim stands in line it will learn by asking again.
                     Err(error) if busy.is_some() && error.is_transient() => {
@@ -200,7 +208,7 @@ impl RedisStore {
             }
             // Busy is what it is, whatever became of the calls.
             (_, Some(answer)) => Ok(answer),
-            (Ok(false), None) => self.present(keys, claim, ttl, link, deadline, None).await,
+            (Ok(false), None) => self.present(keys, claim, ttl, (link, how), deadline, None).await,
             (Err(error), None) => Err(error),
         };
         match &answer {
@@ -219,13 +227,14 @@ impl RedisStore {
         keys: &Keys<'_>,
         claim: &Claim,
         ttl: u64,
-        link: &Arc<Link>,
+        (link, how): (&Arc<Link>, How),
         deadline: Instant,
         attempt: Option<&Attempt>,
     ) -> Result<Acquired> {
-        let patience = Patience { deadline, is_short: claim.ttl / 3 < self.connector.timeout() };
-        let job =
-            wrote(acquire_job(keys, claim, ttl, attempt.map(|attempt| (&*self.waiting.channel, attempt))))?;
+        let is_short = claim.ttl / 3 < self.connector.timeout();
+        let patience = Patience { deadline, is_short, asking: how.asking };
+        let attempt_of = attempt.map(|attempt| (&*self.waiting.channel, attempt));
+        let job = wrote(acquire_job(keys, self.keyspace.slot_of(keys), claim, ttl, attempt_of))?;
         let answer = self.accepted(self.connector.submit(link, job, patience).await?)?;
         let granted = |token, ttl| Acquired::Granted(Grant { token, ttl, session: link.generation });
         let (value, left, ahead) = match &answer {
@@ -258,8 +267,8 @@ impl RedisStore {
         }
     }
 
-    async fn release_once(&self, held: &Held) -> Result<Released> {
-        let answer = self.give_back(held, true).await;
+    async fn release_once(&self, held: &Held, asking: bool) -> Result<Released> {
+        let answer = self.give_back(held, true, asking).await;
         if matches!(answer, Ok(Released::Released)) && self.connector.sentinels().is_some() {
             self.lately.note(held);
         }
@@ -271,14 +280,14 @@ impl RedisStore {
     }
 
     /// Releases a claim; `may_forbid`: for good, if a request of it may still be under way.
-    async fn give_back(&self, held: &Held, may_forbid: bool) -> Result<Released> {
+    async fn give_back(&self, held: &Held, may_forbid: bool, asking: bool) -> Result<Released> {
         let keys = self.keyspace.keys(&held.name)?;
         let deadline = self.deadline(None);
         let link = self.connector.link(deadline).await?;
         let forbid = may_forbid && (held.suspect || held.session != link.generation);
         let entry = if held.waiting { self.waiting.entry(held.id) } else { None };
-        let job = wrote(release_job(&keys, held, forbid, entry.as_deref()))?;
-        let patience = Patience { deadline, is_short: false };
+        let job = wrote(release_job(&keys, self.keyspace.slot_of(&keys), held, forbid, entry.as_deref()))?;
+        let patience = Patience { deadline, is_short: false, asking };
         match self.accepted(self.connector.submit(&link, job, patience).await?)? {
             Value::Int(1) => Ok(Released::Released),
             Value::Int(0) => Ok(Released::NotHeld),
@@ -288,44 +297,35 @@ impl RedisStore {
     }
 
     /// The answers of items that are all in range, in their order.
-    async fn renew_all(&self, items: &[Renewable<'_>]) -> Result<Vec<Result<Renewal>>> {
+    async fn renew_all(&self, batches: &[&[Renewable<'_>]], asking: bool) -> Result<Vec<Result<Renewal>>> {
+        let items = || batches.iter().copied().flatten();
         // One that comes to the end of its longest hold asks for little, and must not cost the others their answer.
-        let longest =
-            items.iter().filter(|item| item.ttl > 0).map(|item| Duration::from_millis(item.ttl)).max();
+        let longest = items().filter(|item| item.ttl > 0).map(|item| Duration::from_millis(item.ttl)).max();
         let deadline = self.deadline(longest);
         let link = self.connector.link(deadline).await?;
-        let mut calls = Pipeline::with_capacity(items.len().div_ceil(BATCH));
-        for batch in items.chunks(BATCH) {
-            calls.add_command(renew_call(&self.keyspace, batch, By::Digest)?);
-        }
-        let mut answers = self.connector.send_all(&link, &calls, deadline).await?;
-        let is_unknown = |answer: &Value| match answer {
-            Value::ServerError(error) => Refusal::of(error).is_unknown_script(),
-            _ => false,
+        let calls = |batches: &mut dyn Iterator<Item = &[Renewable<'_>]>, by| {
+            batches.map(|batch| renew_call(&self.keyspace, batch, by)).collect::<Result<Vec<_>>>()
         };
-        if answers.iter().any(is_unknown) {
-            let mut again = Pipeline::new();
-            for (batch, _) in items.chunks(BATCH).zip(&answers).filter(|(_, answer)| is_unknown(answer)) {
-                again.add_command(renew_call(&self.keyspace, batch, By::Text)?);
-            }
-            let mut second = self.connector.send_all(&link, &again, deadline).await?.into_iter();
-            for answer in answers.iter_mut().filter(|answer| is_unknown(answer)) {
+        let send = |calls| self.connector.send_calls(&link, calls, asking, deadline);
+        let mut answers = send(calls(&mut batches.iter().copied(), By::Digest)?).await?;
+        if answers.iter().any(reply::is_unknown_script) {
+            let unknown = batches.iter().zip(&answers).filter(|(_, answer)| reply::is_unknown_script(answer));
+            let again = calls(&mut unknown.map(|(batch, _)| *batch), By::Text)?;
+            let mut second = send(again).await?.into_iter();
+            for answer in answers.iter_mut().filter(|answer| reply::is_unknown_script(answer)) {
                 *answer = second.next().unwrap_or_default();
             }
         }
-        let mut renewals = Vec::with_capacity(items.len());
-        for (batch, answer) in items.chunks(BATCH).zip(answers) {
+        let mut renewals = Vec::with_capacity(items().count());
+        for (batch, answer) in batches.iter().zip(answers) {
             let lacks_right = |answer: &Value| match answer {
                 Value::ServerError(error) => Refusal::of(error).is_lacking_right(),
                 _ => false,
             };
             if batch.len() > 1 && lacks_right(&answer) {
                 // Refused as a whole for one key that this user may not touch: it must not cost the others their lease.
-                let mut singly = Pipeline::with_capacity(batch.len());
-                for item in batch {
-                    singly.add_command(renew_call(&self.keyspace, std::slice::from_ref(item), By::Digest)?);
-                }
-                let answers = self.connector.send_all(&link, &singly, deadline).await?;
+                let singly = calls(&mut batch.chunks(1), By::Digest)?;
+                let answers = send(singly).await?;
                 renewals.extend(answers.into_iter().flat_map(|answer| self.renewals(1, answer)));
             } else {
                 renewals.extend(self.renewals(batch.len(), answer));
@@ -353,6 +353,15 @@ impl RedisStore {
             other => Err(reply::unexpected(&other)),
         }
     }
+}
+
+/// How a claim is presented at a node of a cluster; as usual at one server.
+#[derive(Clone, Copy, Debug, Default)]
+struct How {
+    /// Whether the slot is only on its way there.
+    asking: bool,
+    /// Whether the claim was presented at another node, so that it may stand in line already.
+    again: bool,
 }
 
 /// What one item of a renewal needs.
@@ -396,12 +405,13 @@ fn entry(channel: &str, claim: &Claim, ttl: u64, since: &str) -> String {
 
 fn acquire_job(
     keys: &Keys<'_>,
+    slot: u16,
     claim: &Claim,
     ttl: u64,
     attempt: Option<(&str, &Attempt)>,
 ) -> std::io::Result<Box<Job>> {
     let mut job =
-        Box::new(Job::new(Verb::Acquire, keys.is_plain(), 2 * keys.bound() + claim.record.len() + 160));
+        Box::new(Job::new(Verb::Acquire, keys.is_plain(), slot, 2 * keys.bound() + claim.record.len() + 160));
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
     job.push(|out| out.write_all(&owner(claim.id)))?;
@@ -426,8 +436,14 @@ fn acquire_job(
     Ok(job)
 }
 
-fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool, entry: Option<&str>) -> std::io::Result<Box<Job>> {
-    let mut job = Box::new(Job::new(Verb::Release, keys.is_plain(), 2 * keys.bound() + 40));
+fn release_job(
+    keys: &Keys<'_>,
+    slot: u16,
+    held: &Held,
+    forbid: bool,
+    entry: Option<&str>,
+) -> std::io::Result<Box<Job>> {
+    let mut job = Box::new(Job::new(Verb::Release, keys.is_plain(), slot, 2 * keys.bound() + 40));
     job.push(|out| keys.write_lock(out))?;
     job.push(|out| keys.write_fence(out))?;
     job.push(|out| {
@@ -445,11 +461,16 @@ fn release_job(keys: &Keys<'_>, held: &Held, forbid: bool, entry: Option<&str>) 
 
 fn renew_call(keyspace: &Keyspace, batch: &[Renewable<'_>], by: By) -> Result<Cmd> {
     let bytes = batch.iter().map(|item| item.keys.bound() + 64).sum();
-    let mut call = script::RENEW.call(by, batch.len() + 1, 1 + 2 * batch.len(), bytes);
+    // In a cluster the index is in a slot of its own, and written by a command of its own.
+    let index = keyspace.index();
+    let mut call =
+        script::RENEW.call(by, batch.len() + usize::from(index.is_some()), 1 + 2 * batch.len(), bytes);
     for item in batch {
         wrote(item.keys.write_lock(&mut call.writer_for_next_arg()))?;
     }
-    call.write_arg(keyspace.index());
+    if let Some(index) = index {
+        call.write_arg(index);
+    }
     call.write_arg_fmt(keyspace.prefix().len());
     for item in batch {
         // With its token: a grant that was lost is not renewed by one that the same claim was given later.
@@ -467,7 +488,7 @@ fn renew_call(keyspace: &Keyspace, batch: &[Renewable<'_>], by: By) -> Result<Cm
 #[async_trait]
 impl Store for RedisStore {
     async fn acquire(&self, claim: &Claim) -> Result<Acquired> {
-        self.acquire_once(claim)
+        self.acquire_once(claim, How::default())
             .await
             .map_err(|error| error.for_name(&claim.name).on_store(&self.connector.location))
     }
@@ -498,7 +519,8 @@ impl Store for RedisStore {
         let mut renewed = if items.is_empty() {
             Vec::new()
         } else {
-            self.renew_all(&items).await.unwrap_or_else(|error| vec![Err(error); items.len()])
+            let batches: Vec<_> = items.chunks(BATCH).collect();
+            self.renew_all(&batches, false).await.unwrap_or_else(|error| vec![Err(error); items.len()])
         }
         .into_iter();
         let missing = || Err(Error::new(ErrorKind::Unknown, "no answer for this lock"));
@@ -512,7 +534,7 @@ impl Store for RedisStore {
     }
 
     async fn release(&self, held: &Held) -> Result<Released> {
-        self.release_once(held)
+        self.release_once(held, false)
             .await
             .map_err(|error| error.for_name(&held.name).on_store(&self.connector.location))
     }
@@ -524,7 +546,7 @@ impl Store for RedisStore {
     }
 
     async fn disturbed(&self) {
-        self.connector.disturbed().await;
+        self.connector.hub.disturbed().await;
     }
 
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
@@ -558,7 +580,7 @@ mod tests {
     #[test]
     fn what_each_claim_allocates_is_small() {
         // Beyond a kilobyte the usual allocator has no quick way: it took a seventh of the callers' time.
-        assert!(size(|store, claim, _| store.acquire_once(claim)) <= 1024);
-        assert!(size(|store, _, held| store.release_once(held)) <= 1024);
+        assert!(size(|store, claim, _| store.acquire_once(claim, How::default())) <= 1024);
+        assert!(size(|store, _, held| store.release_once(held, false)) <= 1024);
     }
 }

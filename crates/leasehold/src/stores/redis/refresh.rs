@@ -74,7 +74,7 @@ async fn pass_on(store: Arc<RedisStore>, name: Name, id: ClaimId) {
     let held = Held::queued(&Claim::new(name, id, super::LEAST_TTL), 0);
     for _ in 0..3 {
         // It is not forbidden: should its caller come back after all, it stands in line anew.
-        match store.give_back(&held, false).await {
+        match store.give_back(&held, false, false).await {
             Err(error) if error.is_transient() => clock::sleep(Duration::from_millis(20)).await,
             _ => break,
         }

@@ -1,8 +1,8 @@
--- KEYS: locks, then the index. ARGV: length of the prefix, then owner (with its token, if known) and ttl ms (0: only
+-- KEYS: locks, then the index (none in a cluster). ARGV: length of the prefix, then owner (with its token, if known) and ttl ms (0: only
 -- confirm) of each lock.
 -- Answers for each lock: remaining ms, -1 if it never ends, -2 if it is lost, or an error.
 local answers, held, longest = {}, {}, 0
-local count = #KEYS - 1
+local count = (#ARGV - 1) / 2
 for i = 1, count do
   local value, owner = redis.pcall('GET', KEYS[i]), ARGV[2 * i]
   local answer = -2
@@ -23,7 +23,7 @@ for i = 1, count do
   end
   answers[i] = answer
 end
-if #held > 0 then
+if #held > 0 and KEYS[count + 1] then
   -- The index serves people who look; no trouble with it may cost a lock.
   local index = KEYS[count + 1]
   local time = redis.call('TIME')

@@ -105,9 +105,8 @@ impl Refusal {
             "MISCONF" => rejected("the server cannot save to its disk, and refuses writes until it can")
                 .advise("look at its log"),
             "NOREPLICAS" => rejected("the server has not the replicas that it demands for writes"),
-            "MOVED" | "ASK" | "CROSSSLOT" => {
-                rejected("the server is a node of a cluster").advise("a cluster is not served by redis://")
-            }
+            "MOVED" | "ASK" | "CROSSSLOT" => rejected("the server is a node of a cluster")
+                .advise("connect to the cluster: redis+cluster://"),
             "WRONGTYPE" => return rejected("the lock's key holds another type of value").advise(
                 "Redisson keeps its locks as a hash under the same key: it and Leasehold cannot share a name",
             ),
@@ -131,6 +130,11 @@ impl std::error::Error for Refusal {}
 
 fn shown_user(user: Option<&str>) -> String {
     Escaped(user.unwrap_or("default").as_bytes()).to_string()
+}
+
+/// Whether the answer says that the server does not know a script by its digest.
+pub(super) fn is_unknown_script(answer: &Value) -> bool {
+    matches!(answer, Value::ServerError(error) if Refusal::of(error).is_unknown_script())
 }
 
 /// Whether the server does not know the newer protocol's greeting.

@@ -22,6 +22,7 @@ macro_rules! script {
 
 script!(ACQUIRE, "line.lua", "acquire.lua");
 script!(RENEW, "renew.lua");
+script!(INDEX, "index.lua");
 script!(RELEASE, "release_plain.lua", "line.lua", "release.lua");
 script!(REFRESH, "line.lua", "refresh.lua");
 script!(INSPECT, "inspect.lua");

@@ -172,9 +172,10 @@ pub(super) struct Work {
 }
 
 impl Waiting {
-    pub(super) fn new() -> Self {
+    /// `kind` is `push`, or `node` where messages go to all nodes of a cluster: the scripts tell them apart by it.
+    pub(super) fn new(kind: &str) -> Self {
         Self {
-            channel: format!("leasehold:push:{}", clock::claim_id()),
+            channel: format!("leasehold:{kind}:{}", clock::claim_id()),
             table: Mutex::default(),
             bell: Notify::new(),
             starter: Starter::default(),
@@ -187,7 +188,7 @@ impl Waiting {
 
     /// Notes that a claim is about to be presented, to wait in line if need be. `None` if its grant came when nobody
     /// waited for it, and is being passed on just now: that must have ended first.
-    pub(super) fn present(&self, claim: &Claim) -> Option<Attempt> {
+    pub(super) fn present(&self, claim: &Claim, again: bool) -> Option<Attempt> {
         let sent = clock::look();
         let mut table = self.table();
         let (number, sent) = table.attempt(sent, ATTEMPT_GRAIN);
@@ -211,7 +212,7 @@ impl Waiting {
         queue.due = queue.due.min(sent.boot.plus(heard_every(queue.ttl)));
         queue.remember(number, sent);
         let window = alive_for(queue.ttl);
-        let again = table.places.contains_key(&claim.id);
+        let again = again || table.places.contains_key(&claim.id);
         let place = table.places.entry(claim.id).or_insert_with(|| Place {
             ticket: Ticket::new(claim),
             ttl: claim.ttl,
@@ -379,6 +380,11 @@ impl Waiting {
         if session == table.session {
             self.hasten(&mut table);
         }
+    }
+
+    /// Has everybody asked for at once: slots moved.
+    pub(super) fn recall(&self) {
+        self.hasten(&mut self.table());
     }
 
     /// Has everybody asked for at once.
