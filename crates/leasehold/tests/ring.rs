@@ -414,8 +414,9 @@ async fn a_connection_that_breaks_has_what_is_held_on_its_node_confirmed_at_once
     let locks = connect(&url(&urls)).await.unwrap();
     for (server, at) in servers.iter().zip(&urls) {
         let name = names_at(&[&urls[0], &urls[1]], at, 1).remove(0);
-        // Renewed by itself every hour.
+        // Renewed by itself soon after the grant, and then every hour.
         let guard = locks.mutex(name).ttl(ms(36_000_000)).lock().await.unwrap();
+        guard.changed().await;
         let changed = guard.changed();
         server.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
         let told = clock::timeout_at(clock::now().plus(ms(15_000)), changed).await;
