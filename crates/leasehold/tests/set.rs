@@ -350,7 +350,7 @@ fn the_blocking_face_has_the_same_names() {
     assert!(guards.remaining() < ms(10_000));
     assert!(guards.unlock().iter().all(|(_, answer)| matches!(answer, Ok(Released::Released))));
     assert_eq!(set.run(|held| held.fencing_tokens().len()).unwrap(), 2);
-    let error = set.clone().ttl(ms(50)).renew(false).run(|held| held.lost()).unwrap_err();
+    let error = set.clone().ttl(ms(50)).renew(false).run(leasehold::blocking::GuardSet::lost).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Lost);
     let striped = locks.striped("s", 2).options(|each| each.ttl(ms(10_000)));
     let guard = striped.stripe_for("key").lock().unwrap();
