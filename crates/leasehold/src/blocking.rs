@@ -341,17 +341,59 @@ impl Striped {
 pub struct MutexSet(crate::MutexSet);
 
 impl MutexSet {
-    /// Sets the options that each of the locks has.
-    ///
-    /// ```
-    /// # use std::time::Duration;
-    /// let locks = leasehold::blocking::connect("memory:")?;
-    /// let both = locks.all(["a", "b"]).options(|set| set.ttl(Duration::from_secs(10)).label("transfer"));
-    /// both.lock()?;
-    /// # Ok::<(), leasehold::Error>(())
-    /// ```
-    pub fn options(self, set: impl FnOnce(crate::MutexSet) -> crate::MutexSet) -> Self {
-        Self(set(self.0))
+    /// As [`MutexSet::ttl`](crate::MutexSet::ttl).
+    pub fn ttl(self, ttl: Duration) -> Self {
+        Self(self.0.ttl(ttl))
+    }
+
+    /// As [`MutexSet::renew`](crate::MutexSet::renew).
+    pub fn renew(self, renew: bool) -> Self {
+        Self(self.0.renew(renew))
+    }
+
+    /// As [`MutexSet::max_hold`](crate::MutexSet::max_hold).
+    pub fn max_hold(self, limit: Duration) -> Self {
+        Self(self.0.max_hold(limit))
+    }
+
+    /// As [`MutexSet::label`](crate::MutexSet::label).
+    pub fn label(self, label: impl Into<String>) -> Self {
+        Self(self.0.label(label))
+    }
+
+    /// As [`MutexSet::metadata`](crate::MutexSet::metadata).
+    pub fn metadata(self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        Self(self.0.metadata(key, value))
+    }
+
+    /// As [`MutexSet::retry`](crate::MutexSet::retry).
+    pub fn retry(self, retry: Retry) -> Self {
+        Self(self.0.retry(retry))
+    }
+
+    /// As [`MutexSet::max_wait`](crate::MutexSet::max_wait).
+    pub fn max_wait(self, limit: Duration) -> Self {
+        Self(self.0.max_wait(limit))
+    }
+
+    /// As [`MutexSet::max_queue`](crate::MutexSet::max_queue).
+    pub fn max_queue(self, limit: u32) -> Self {
+        Self(self.0.max_queue(limit))
+    }
+
+    /// As [`MutexSet::on_wait`](crate::MutexSet::on_wait).
+    pub fn on_wait(self, tell: impl Fn(&Ticket) + Send + Sync + 'static) -> Self {
+        Self(self.0.on_wait(tell))
+    }
+
+    /// As [`MutexSet::owner`](crate::MutexSet::owner).
+    pub fn owner(self, owner: &Owner) -> Self {
+        Self(self.0.owner(owner))
+    }
+
+    /// As [`MutexSet::deadlock_after`](crate::MutexSet::deadlock_after).
+    pub fn deadlock_after(self, wait: Duration) -> Self {
+        Self(self.0.deadlock_after(wait))
     }
 
     /// Waits until all of them are held.
@@ -376,6 +418,30 @@ impl MutexSet {
     /// As [`MutexSet::lock_for`](crate::MutexSet::lock_for).
     pub fn lock_for(&self, patience: Duration) -> Result<Option<GuardSet>> {
         Ok(block_on(self.0.lock_for(patience))?.map(GuardSet))
+    }
+
+    /// Waits for all of them, runs `work` under them, and releases them. A thread cannot be stopped: long work looks at
+    /// [`GuardSet::status`] between its steps.
+    ///
+    /// # Errors
+    /// As [`MutexSet::run`](crate::MutexSet::run).
+    pub fn run<T>(&self, work: impl FnOnce(&GuardSet) -> T) -> Result<T> {
+        let guards = self.lock()?;
+        let out = work(&guards);
+        let in_time = guards.status() != Status::Lost;
+        let answers = guards.unlock();
+        let is_gone =
+            |answer: &Result<Released>| matches!(answer, Ok(Released::NotHeld | Released::HeldByOther));
+        match answers.iter().find(|(_, answer)| is_gone(answer)) {
+            Some((name, _)) => {
+                Err(Error::new(ErrorKind::Lost, "the work ended, but a lock had been lost before")
+                    .for_name(name))
+            }
+            None if !in_time => {
+                Err(Error::new(ErrorKind::Lost, "the work ended, but a lock had been lost before"))
+            }
+            None => Ok(out),
+        }
     }
 }
 
@@ -403,6 +469,11 @@ impl GuardSet {
     /// The least time left that can be trusted.
     pub fn remaining(&self) -> Duration {
         self.0.remaining()
+    }
+
+    /// Until when all of them can be trusted, unless they are renewed before.
+    pub fn valid_until(&self) -> Instant {
+        self.0.valid_until()
     }
 
     /// Waits until the first of them is lost, and says which and why.

@@ -21,6 +21,19 @@ fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
+async fn is_held(locks: &Locks, name: &str) -> bool {
+    locks.show(name).await.unwrap().holder.is_some()
+}
+
+/// Waits for a condition that sends no event, for twenty seconds at most.
+async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
+    let latest = clock::now().plus(ms(20_000));
+    while !holds().await {
+        assert!(clock::now() < latest, "did not come about: {what}");
+        clock::sleep(ms(5)).await;
+    }
+}
+
 /// Three servers, and the locks of those that know the first two, of those that add the third, and of those that know all.
 struct Change {
     servers: [RedisServer; 3],
@@ -211,9 +224,7 @@ async fn who_waits_at_the_new_place_keeps_the_old_one() {
     let waiting = change.mutex(1).ttl(ms(400));
     let waiter = tokio::spawn(async move { waiting.lock().await.unwrap() });
     let name = &change.names[0];
-    while change.phases[0].show(name).await.unwrap().holder.is_none() {
-        clock::sleep(ms(5)).await;
-    }
+    until("it has the old place", || async { is_held(&change.phases[0], name).await }).await;
     // For longer than its lease: it is renewed.
     let until = clock::now().plus(ms(1500));
     while clock::now() < until {
@@ -259,7 +270,8 @@ async fn a_lock_lost_at_one_of_its_places_is_lost_and_leaves_the_other() {
         let guard = change.mutex(1).ttl(ms(6000)).lock().await.unwrap();
         let server = if at_the_new { &change.servers[2] } else { change.old() };
         server.cli(&["FLUSHALL"]);
-        assert_eq!(guard.lost().await, Loss::Removed);
+        let loss = clock::timeout_at(clock::now().plus(ms(20_000)), guard.lost()).await;
+        assert_eq!(loss, Some(Loss::Removed), "at the new place: {at_the_new}");
         // Long before its lease would end.
         let next =
             change.mutex(1).ttl(ms(6000)).lock_for(ms(3000)).await.unwrap().expect("free at both places");
@@ -280,9 +292,7 @@ async fn a_place_that_is_dead_leaves_nothing_at_the_other() {
     drop(guard);
     let error = change.mutex(1).lock().await.unwrap_err();
     assert!(error.is_transient() && error.to_string().contains(&change.servers[2].url()), "{error}");
-    while change.phases[0].show(&name).await.unwrap().holder.is_some() {
-        clock::sleep(ms(10)).await;
-    }
+    until("the old place is free", || async { !is_held(&change.phases[0], &name).await }).await;
     let old = change.mutex(0).lock().await.unwrap();
     assert_eq!(old.unlock().await.unwrap(), Released::Released);
 }
@@ -314,7 +324,8 @@ async fn clocks_too_far_apart_are_an_error_and_leave_nothing() {
     let clocked = || RedisServer::builder().own_clock().start();
     let change = Change::over([clocked(), clocked(), clocked()]).await;
     change.servers[2].set_clock_offset(3_600_000_000);
-    let error = change.mutex(1).lock().await.unwrap_err();
+    let refused = clock::timeout_at(clock::now().plus(ms(20_000)), change.mutex(1).lock()).await;
+    let error = refused.expect("it does not wait for the clock").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Rejected);
     assert!(
         error.to_string().contains(&change.servers[2].url()) && error.to_string().contains("clocks"),
@@ -403,8 +414,9 @@ async fn a_connection_that_breaks_has_what_is_held_on_its_node_confirmed_at_once
     let locks = connect(&url(&urls)).await.unwrap();
     for (server, at) in servers.iter().zip(&urls) {
         let name = names_at(&[&urls[0], &urls[1]], at, 1).remove(0);
-        // Renewed by itself every half minute.
-        let guard = locks.mutex(name).ttl(ms(300_000)).lock().await.unwrap();
+        // Renewed by itself soon after the grant, and then every hour.
+        let guard = locks.mutex(name).ttl(ms(36_000_000)).lock().await.unwrap();
+        guard.changed().await;
         let changed = guard.changed();
         server.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
         let told = clock::timeout_at(clock::now().plus(ms(15_000)), changed).await;

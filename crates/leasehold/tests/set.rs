@@ -9,8 +9,8 @@ use std::time::Duration;
 use leasehold::store::Store;
 use leasehold::stores::memory::{Fault, MemoryStore, Verb};
 use leasehold::{
-    ErrorKind, Fairness, Guard, Locks, Loss, MAX_STRIPES, Name, Owner, Query, Released, Retry, Status, clock,
-    connect,
+    Claim, ErrorKind, Fairness, Guard, Held, Locks, Loss, MAX_STRIPES, Name, Owner, Query, Released, Retry,
+    Status, clock, connect,
 };
 use leasehold_chaos::servers::RedisServer;
 
@@ -160,12 +160,17 @@ async fn the_first_loss_is_told_with_its_name_and_stops_the_work() {
     let (store, locks) = memory();
     let guards = locks.all(["b", "a"]).ttl(ms(500)).lock().await.unwrap();
     let (watch, lost) = (guards.changed(), guards.lost());
-    store.forget_everything();
+    // One of them is taken away behind its holder's back.
+    let taken = &guards.guards()[0];
+    let claim = Claim::new(taken.name().clone(), taken.claim_id(), ms(500));
+    assert_eq!(store.release(&Held::queued(&claim, 0)).await.unwrap(), Released::Released);
     watch.await;
     let (name, loss) = lost.await;
-    assert!(["a", "b"].contains(&name.to_string().as_str()) && loss == Loss::Removed, "{name}: {loss}");
+    assert_eq!((name.to_string().as_str(), loss), ("b", Loss::Removed));
+    assert_eq!(guards.guards()[1].status(), Status::Held);
     assert_eq!((guards.status(), guards.remaining()), (Status::Lost, Duration::ZERO));
-    drop(guards);
+    let answers: Vec<_> = guards.unlock().await.into_iter().map(|(_, answer)| answer.unwrap()).collect();
+    assert_eq!(answers, [Released::NotHeld, Released::Released]);
 
     let set = locks.all(["d", "c"]).ttl(ms(500));
     assert_eq!(set.run(async |held| held.guards().len()).await.unwrap(), 2);
@@ -338,12 +343,15 @@ async fn keys_of_one_stripe_exclude_each_other_and_several_are_taken_at_once() {
 #[test]
 fn the_blocking_face_has_the_same_names() {
     let locks = leasehold::blocking::connect("memory:").unwrap();
-    let set = locks.all(["b", "a", "b"]).options(|set| set.ttl(ms(10_000)));
+    let set = locks.all(["b", "a", "b"]).ttl(ms(10_000)).label("why");
     let guards = set.lock().unwrap();
     assert!(set.try_lock().unwrap().is_none() && set.lock_for(ms(10)).unwrap().is_none());
     assert_eq!((guards.fencing_tokens().len(), guards.status()), (2, Status::Held));
     assert!(guards.remaining() < ms(10_000));
     assert!(guards.unlock().iter().all(|(_, answer)| matches!(answer, Ok(Released::Released))));
+    assert_eq!(set.run(|held| held.fencing_tokens().len()).unwrap(), 2);
+    let error = set.clone().ttl(ms(50)).renew(false).run(leasehold::blocking::GuardSet::lost).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Lost);
     let striped = locks.striped("s", 2).options(|each| each.ttl(ms(10_000)));
     let guard = striped.stripe_for("key").lock().unwrap();
     assert!(guard.name().to_string().starts_with("s:") && striped.stripes() == 2);
