@@ -26,6 +26,7 @@
 //! |---|---|---|
 //! | one machine, no server | `sqlite:` | exclusion between all processes of the machine; a killed holder's locks pass on at once |
 //! | Redis or Valkey | `redis://` | exclusion as long as that server keeps its data; tokens that grow even if it does not |
+//! | ... with Sentinel | `redis+sentinel://` | the same through failovers, which can lose the last grants: holders are told at once |
 //! | a test | `memory:` | one process |
 //!
 //! [`Locks::guarantees`] tells what holds on your very server, and `docs/guarantees.md` in the repository compares them.

@@ -23,6 +23,7 @@ use crate::types::{Fencing, Finding, Severity};
 /// | URL | store |
 /// |---|---|
 /// | `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `redis+unix:///path` | Redis or Valkey, one server |
+/// | `redis+sentinel://[user:password@]host[:port],host../master[/database]`, `rediss+sentinel://` (TLS) | Redis or Valkey, the master that sentinels name |
 /// | `sqlite:/path/to/file.db`, `sqlite:` (a file in the home directory) | embedded, for the processes of one machine |
 /// | `memory:` | a new one in this process, for tests |
 ///
@@ -150,7 +151,7 @@ impl Place {
                 Err(not_built_in(scheme))
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
-                .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite: and memory:")),
+                .advise("known are redis:, rediss:, valkey:, valkeys:, redis+unix:, redis+sentinel:, sqlite: and memory:")),
         }
     }
 
