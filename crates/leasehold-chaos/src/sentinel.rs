@@ -18,6 +18,7 @@ pub struct Layout {
     args: Vec<String>,
     sentinel_password: Option<String>,
     own_clocks: bool,
+    sentinel_user: Option<String>,
 }
 
 impl Default for Layout {
@@ -31,6 +32,7 @@ impl Default for Layout {
             args: Vec::new(),
             sentinel_password: None,
             own_clocks: false,
+            sentinel_user: None,
         }
     }
 }
@@ -47,6 +49,13 @@ impl Layout {
     #[must_use]
     pub fn sentinel_password(mut self, password: &str) -> Self {
         self.sentinel_password = Some(password.into());
+        self
+    }
+
+    /// Adds a user of the sentinels by its rule, as in `ACL SETUSER`.
+    #[must_use]
+    pub fn sentinel_user(mut self, rule: &str) -> Self {
+        self.sentinel_user = Some(rule.into());
         self
     }
 
@@ -109,6 +118,11 @@ impl Layout {
         if let Some(password) = &self.sentinel_password {
             conf.push_str("requirepass ");
             conf.push_str(password);
+            conf.push('\n');
+        }
+        if let Some(rule) = &self.sentinel_user {
+            conf.push_str("user ");
+            conf.push_str(rule);
             conf.push('\n');
         }
         let mut builder = RedisServer::builder().sentinel(conf);

@@ -29,6 +29,7 @@
 //! | several of these, for load | `ring:?node=URL&node=URL` | each name lives on one of them |
 //! | three or more independent servers | `quorum:` | exclusion while a majority lives and keeps its data; one token that grows |
 //! | a Redis or Valkey cluster | `redis+cluster://` | the same at the node of each lock; slots may move meanwhile |
+//! | ... with Sentinel | `redis+sentinel://` | the same through failovers, which can lose the last grants: holders are told at once |
 //! | a test | `memory:` | one process |
 //!
 //! [`Locks::guarantees`] tells what holds on your very server, and `docs/guarantees.md` in the repository compares them.

@@ -26,6 +26,7 @@ use crate::types::{Fencing, Finding, Severity};
 /// | URL | store |
 /// |---|---|
 /// | `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `redis+unix:///path` | Redis or Valkey, one server |
+/// | `redis+sentinel://[user:password@]host[:port],host../master[/database]`, `rediss+sentinel://` (TLS) | Redis or Valkey, the master that sentinels name |
 /// | `redis+cluster://[user:password@]host[:port][,host[:port]...]`, `rediss+cluster://` (TLS) | Redis or Valkey, a cluster |
 /// | `sqlite:/path/to/file.db`, `sqlite:` (a file in the home directory) | embedded, for the processes of one machine |
 /// | `ring:?node=URL&node=URL` | each name on one of several, for load: see `docs/ring.md` |

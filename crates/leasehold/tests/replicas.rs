@@ -84,7 +84,9 @@ fn a_shortfall_is_told_or_refused_as_asked_and_holds_up_nobody_else() {
     // The wait blocks the connection it runs on, and that is not the others'.
     let slow = locks.mutex("slow").replicas(2, ms(9_000));
     let slow = thread::spawn(move || lock(&slow).replicas());
-    eventually("the slow one waits", || has(&master, "slow"));
+    eventually("the slow one waits", || {
+        has(&master, "slow") && master.cli(&["INFO", "clients"]).contains("blocked_clients:1")
+    });
     for n in 0..50 {
         assert_eq!(block_on(lock(&locks.mutex(format!("quick-{n}"))).unlock()).unwrap(), Released::Released);
     }

@@ -411,3 +411,40 @@ fn a_release_that_the_new_master_has_not_heard_of_is_made_good_there() {
     println!("free {waited:?} after the promotion");
     assert!(waited < SERVES_WITHIN, "{waited:?}");
 }
+
+/// The rights that a page tells people to grant, from the line that begins so.
+fn rights<'a>(page: &'a str, beginning: &str) -> &'a str {
+    let line = page.lines().find(|line| line.starts_with(beginning)).expect("the page has the line");
+    line.strip_prefix(beginning).unwrap_or_default()
+}
+
+#[test]
+fn the_rights_in_the_docs_suffice() {
+    let servers = rights(include_str!("../../../docs/redis.md"), "ACL SETUSER locks on >PASSWORD ~lock:*");
+    let sentinels = rights(include_str!("../../../docs/sentinel.md"), "ACL SETUSER watch on >PASSWORD");
+    let user = format!("locks on >hunter2 ~lock:* {servers} +role +wait");
+    let words = ["--user".to_owned()].into_iter().chain(user.split_whitespace().map(str::to_owned));
+    let mut deployment =
+        Layout::default().args(words).sentinel_user(&format!("watch on >hunter3 {sentinels}")).start();
+    let hosts = deployment.url().replace("redis+sentinel://", "");
+    let url = format!(
+        "redis+sentinel://locks:hunter2@{hosts}?prefix=lock:&sentinel_user=watch&sentinel_password=hunter3"
+    );
+    for finding in block_on(leasehold::diagnose(&url)) {
+        let is_right = !finding.found.contains("NOPERM") && finding.severity != Severity::Failure;
+        assert!(is_right, "{finding:?}");
+    }
+    let locks = connect(&url);
+    assert!(locks.guarantees().fifo);
+    let guard = lock(&locks.mutex("a").ttl(ms(20_000)).replicas(2, ms(2_000)));
+    assert_eq!(guard.replicas(), Some(2));
+    let waiter = Waiter::start(&locks.mutex("a").ttl(ms(20_000)));
+    let old = deployment.master();
+    deployment.servers[old].kill9();
+    let before = guard.valid_until();
+    let (_, promoted) = deployment.promoted(old);
+    let waited = confirmed(&guard, before, promoted);
+    assert!(waited < TOLD_WITHIN, "{waited:?}");
+    assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+    assert_eq!(block_on(waiter.guard().unlock()).unwrap(), Released::Released);
+}

@@ -649,3 +649,29 @@ impl Push {
         Some(Self { id, token, ttl, attempt, name })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grant_over_a_new_connection_is_news_whatever_the_one_before_told() {
+        let waiting = Waiting::new();
+        let claim = Claim::new(Name::new("a").unwrap(), clock::claim_id(), Duration::from_secs(30));
+        let grant = format!("1 {} 7 30000 1 a", claim.id);
+        let told_by_an_answer = |session| {
+            waiting.connected(session);
+            waiting.present(&claim).unwrap();
+            waiting.present(&claim).unwrap();
+            waiting.granted(claim.id);
+        };
+        told_by_an_answer(1);
+        waiting.pushed(b"", 1, grant.as_bytes());
+        assert_eq!(waiting.remembered(), 0, "the answer came first, and the message is no news");
+        told_by_an_answer(2);
+        // Another server, which still had it in line.
+        waiting.connected(3);
+        waiting.pushed(b"", 3, grant.as_bytes());
+        assert_eq!(waiting.collect().orphans, [(claim.name.clone(), claim.id)], "it is passed on");
+    }
+}
