@@ -30,6 +30,7 @@ conformance STORE="":
 bench:
     cargo run --release -p leasehold-bench --bin redis
     cargo run --release -p leasehold-bench --bin sqlite
+    cargo run --release -p leasehold-bench --bin several
 
 # Everything, after installing what it needs.
 verify:
