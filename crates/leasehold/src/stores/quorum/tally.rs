@@ -79,11 +79,11 @@ impl Tally {
         self.count(|outcome| matches!(outcome, Outcome::Asked))
     }
 
-    /// The nodes that hold for the claim.
+    /// The nodes that hold for the claim, and those that may, since they were not waited for.
     pub(super) fn grantors(&self) -> Vec<usize> {
-        let granted =
-            |(index, outcome): (usize, &Outcome)| matches!(outcome, Outcome::Granted(..)).then_some(index);
-        self.outcomes.iter().enumerate().filter_map(granted).collect()
+        let may_hold = |outcome: &Outcome| matches!(outcome, Outcome::Granted(..) | Outcome::Unheard);
+        let all = self.outcomes.iter().enumerate();
+        all.filter(|(_, outcome)| may_hold(outcome)).map(|(index, _)| index).collect()
     }
 
     pub(super) fn has_granted(&self, index: usize) -> bool {
@@ -132,13 +132,16 @@ impl Tally {
         })
     }
 
-    /// The largest token that was answered.
-    pub(super) fn largest(&self) -> u64 {
+    /// The largest token that was answered. One beyond `latest` counts only if there is no other: the others would refuse
+    /// what is larger than that, and can do without the node that gave it.
+    pub(super) fn largest(&self, latest: u64) -> u64 {
         let token = |outcome: &Outcome| match outcome {
             Outcome::Granted(token, _) => token.get(),
             _ => 0,
         };
-        self.outcomes.iter().map(token).max().unwrap_or(0)
+        let usual = self.outcomes.iter().map(token).filter(|token| *token <= latest).max();
+        let any = self.outcomes.iter().map(token).max();
+        usual.filter(|token| *token > 0).or(any).unwrap_or(0)
     }
 
     /// Who else holds it at a node.
