@@ -11,7 +11,7 @@ use super::{NEEDED_NODE_TIMEOUT, Shared, preference};
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{check_ttl, drift};
-use crate::types::{Acquired, BALLOT_AHEAD, Claim, FencingToken, Grant, Released, Ticket};
+use crate::types::{Acquired, Claim, FencingToken, Grant, Released, Ticket};
 
 /// How often the nodes are asked to agree on a token, after the first time.
 const RAISES: usize = 3;
@@ -144,9 +144,7 @@ impl Run<'_> {
             }
             self.shared.count_raise();
             // Beyond the last of a block, where the claim takes several.
-            let latest = clock::wall().saturating_add(BALLOT_AHEAD / 2).as_micros();
-            let largest = self.tally.largest(u64::try_from(latest).unwrap_or(u64::MAX));
-            let beyond = largest + u64::from(self.claim.tokens.max(1));
+            let beyond = self.tally.largest() + u64::from(self.claim.tokens.max(1));
             let ballot = FencingToken::new(beyond.min(FencingToken::MAX));
             self.ask(&grantors, ballot, None, |tally| tally.is_agreed_or_split(ballot)).await;
         }

@@ -132,16 +132,13 @@ impl Tally {
         })
     }
 
-    /// The largest token that was answered. One beyond `latest` counts only if there is no other: the others would refuse
-    /// what is larger than that, and can do without the node that gave it.
-    pub(super) fn largest(&self, latest: u64) -> u64 {
+    /// The largest token that was answered.
+    pub(super) fn largest(&self) -> u64 {
         let token = |outcome: &Outcome| match outcome {
             Outcome::Granted(token, _) => token.get(),
             _ => 0,
         };
-        let usual = self.outcomes.iter().map(token).filter(|token| *token <= latest).max();
-        let any = self.outcomes.iter().map(token).max();
-        usual.filter(|token| *token > 0).or(any).unwrap_or(0)
+        self.outcomes.iter().map(token).max().unwrap_or(0)
     }
 
     /// Who else holds it at a node.
