@@ -324,6 +324,9 @@ async fn tokens_that_are_proposed(store: &dyn Store) {
     let first = granted(store, &block).await;
     assert_eq!(Some(first.token), block.ballot);
     let raised = granted(store, &block.clone().with_ballot(FencingToken::new(first.token.get() + 100))).await;
+    // A token of the block is one of its own, and used up.
+    let inside = granted(store, &block.clone().with_ballot(FencingToken::new(raised.token.get() + 5))).await;
+    assert_eq!(inside.token, raised.token);
     assert_eq!(released(store, &Held::new(&block, &raised)).await, Released::Released);
     let next = granted(store, &claim(&name, TTL)).await;
     assert!(next.token.get() >= first.token.get() + 110, "{} within a raised block", next.token);

@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::time::Duration;
 
-use leasehold::{ErrorKind, Loss, Released, Retry, Status, clock};
+use leasehold::{ErrorKind, Guard, Loss, Released, Retry, Status, clock};
 use leasehold_chaos::eventually;
 use leasehold_chaos::proxy::{Fault, Proxy};
 use leasehold_chaos::servers::RedisServer;
@@ -31,6 +31,12 @@ fn a_bad_day(harm: impl FnOnce(&mut Nodes), mend: impl FnOnce(&mut Nodes)) {
     contest.judge();
     // `no_orphan`: what one who gave up left at a node that was away has ended within one TTL of its return.
     nodes.settle("a", 0);
+}
+
+/// How the lock is lost, which must come about within some leases.
+#[track_caller]
+fn loss_of(guard: &Guard) -> Loss {
+    block_on(clock::timeout_at(clock::now().plus(TTL * 5), guard.lost())).expect("it is lost in time")
 }
 
 #[test]
@@ -230,7 +236,7 @@ fn a_hold_is_lost_when_a_majority_has_lost_it_and_not_before() {
     for node in [0, 2, 4] {
         nodes.servers[node].cli(&["DEL", "a"]);
     }
-    let lost = block_on(guard.lost());
+    let lost = loss_of(&guard);
     assert_eq!(lost, Loss::Removed);
     assert_eq!(guard.status(), Status::Lost);
 }
@@ -246,7 +252,7 @@ fn a_renewal_by_a_minority_of_those_once_held_extends_nothing() {
     }
     let guard = block_on(locks.mutex("a").ttl(TTL).lock()).unwrap();
     nodes.links[2].black_hole(true);
-    let lost = block_on(guard.lost());
+    let lost = loss_of(&guard);
     assert_eq!(lost, Loss::Expired, "two of five renewed it to the end");
     nodes.links[2].black_hole(false);
 }
@@ -297,7 +303,7 @@ fn a_client_that_is_cut_off_from_the_majority_loses_and_the_other_side_goes_on()
         let guard = block_on(there.mutex("a").ttl(TTL).lock()).unwrap();
         (clock::now(), guard)
     });
-    let loss = block_on(guard.lost());
+    let loss = loss_of(&guard);
     let lost_at = clock::now();
     assert_eq!(loss, Loss::Expired);
     let (granted_at, next) = next.join().unwrap();
@@ -319,12 +325,16 @@ fn a_client_with_a_wild_clock_or_a_node_with_one_costs_nobody_the_lock() {
     wild.set_clock_offset(2 * 3600 * 1_000_000);
     nodes.links.push(Proxy::start(wild.port()));
     nodes.servers.push(wild);
+    let two_hours = u64::try_from(clock::wall().as_micros()).unwrap() + 2 * 3_600_000_000;
+    nodes.servers[4].cli(&["SET", "leasehold:{a}:fence:a", &two_hours.to_string()]);
+    // Its answer always comes before those of two others.
+    nodes.links[..2].iter().for_each(|link| link.delay_replies(ms(5)));
     let locks = nodes.connect();
     let mut last = 0;
     for _ in 0..5 {
         let guard = block_on(locks.mutex("a").ttl(TTL).lock()).unwrap();
         let token = guard.fencing_token().get();
-        assert!(token > last);
+        assert!(token > last && token < two_hours);
         last = token;
         eventually("a majority has exactly the token", || {
             nodes.tokens("a").iter().filter(|other| **other == token).count() >= 3

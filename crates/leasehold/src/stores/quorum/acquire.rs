@@ -131,7 +131,8 @@ impl Run<'_> {
         }
     }
 
-    /// Granted by a majority: has the nodes agree on a token. `None` if they would not.
+    /// Granted by a majority: has the nodes agree on a token. `None` if they would not. Those whose answer was not waited for
+    /// are asked too: one of the majority may be out of its mind.
     async fn agree(&mut self) -> Option<Result<Acquired>> {
         for round in 0..=RAISES {
             if let Some((token, until)) = self.tally.agreed() {

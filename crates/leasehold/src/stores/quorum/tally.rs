@@ -79,11 +79,11 @@ impl Tally {
         self.count(|outcome| matches!(outcome, Outcome::Asked))
     }
 
-    /// The nodes that hold for the claim.
+    /// The nodes that hold for the claim, and those that may, since they were not waited for.
     pub(super) fn grantors(&self) -> Vec<usize> {
-        let granted =
-            |(index, outcome): (usize, &Outcome)| matches!(outcome, Outcome::Granted(..)).then_some(index);
-        self.outcomes.iter().enumerate().filter_map(granted).collect()
+        let may_hold = |outcome: &Outcome| matches!(outcome, Outcome::Granted(..) | Outcome::Unheard);
+        let all = self.outcomes.iter().enumerate();
+        all.filter(|(_, outcome)| may_hold(outcome)).map(|(index, _)| index).collect()
     }
 
     pub(super) fn has_granted(&self, index: usize) -> bool {
