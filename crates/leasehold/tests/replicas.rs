@@ -87,10 +87,13 @@ fn a_shortfall_is_told_or_refused_as_asked_and_holds_up_nobody_else() {
     eventually("the slow one waits", || {
         has(&master, "slow") && master.cli(&["INFO", "clients"]).contains("blocked_clients:1")
     });
+    let began = clock::now();
     for n in 0..50 {
         assert_eq!(block_on(lock(&locks.mutex(format!("quick-{n}"))).unlock()).unwrap(), Released::Released);
     }
-    assert!(!slow.is_finished(), "all of them were quicker than it");
+    // Blocked, the first would have waited for its time-out of two seconds.
+    let took = clock::now().since(began);
+    assert!(!slow.is_finished() && took < ms(1_500), "all of them were quicker: {took:?}");
     replicas[0].resume();
     assert_eq!(slow.join().unwrap(), Some(2));
     assert_eq!(block_on(kept.unlock()).unwrap(), Released::Released);
