@@ -18,6 +18,8 @@ pub struct Cluster {
     pub links: Vec<Proxy>,
     ids: Vec<String>,
     replicas: bool,
+    /// Who has the certificates, where there are some.
+    authority: Option<RedisServer>,
 }
 
 impl Cluster {
@@ -28,7 +30,7 @@ impl Cluster {
     #[must_use]
     #[track_caller]
     pub fn start() -> Self {
-        Self::build(true, false, &[], None)
+        Self::build(true, false, &[], None, false)
     }
 
     /// Three masters without replicas, each started with these arguments too.
@@ -38,7 +40,7 @@ impl Cluster {
     #[must_use]
     #[track_caller]
     pub fn without_replicas(arguments: &[&str]) -> Self {
-        Self::build(false, false, arguments, None)
+        Self::build(false, false, arguments, None, false)
     }
 
     /// Three masters without replicas, whose clients all come by [`links`](Self::links).
@@ -48,7 +50,32 @@ impl Cluster {
     #[must_use]
     #[track_caller]
     pub fn behind_links() -> Self {
-        Self::build(false, true, &[], None)
+        Self::build(false, true, &[], None, false)
+    }
+
+    /// Three masters without replicas that speak TLS to clients, by [`tls_url`](Self::tls_url), and among themselves.
+    ///
+    /// # Panics
+    /// As [`start`](Self::start).
+    #[must_use]
+    #[track_caller]
+    pub fn with_tls() -> Self {
+        // One that only makes the certificates, which all share.
+        let authority = RedisServer::builder().tls().start();
+        let file = |name: &str| authority.folder().join(name).to_string_lossy().into_owned();
+        let (certificate, key, ca) = (file("server.crt"), file("server.key"), file("ca.crt"));
+        let shared = ["--tls-cert-file", &certificate, "--tls-key-file", &key, "--tls-ca-cert-file", &ca];
+        let arguments = [&["--tls-cluster", "yes"], &shared[..]].concat();
+        let mut cluster = Self::build(false, false, &arguments, None, true);
+        cluster.authority = Some(authority);
+        cluster
+    }
+
+    /// The URL for TLS, with the authority's certificate.
+    pub fn tls_url(&self) -> String {
+        let hosts: Vec<_> = self.nodes.iter().map(|node| format!("127.0.0.1:{}", node.tls_port())).collect();
+        let ca = self.authority.as_ref().map(RedisServer::ca_certificate).unwrap_or_default();
+        format!("rediss+cluster://{}?ca={}", hosts.join(","), ca.display())
     }
 
     /// Three masters without replicas that ask the default user for this password.
@@ -58,11 +85,11 @@ impl Cluster {
     #[must_use]
     #[track_caller]
     pub fn with_password(password: &str) -> Self {
-        Self::build(false, false, &[], Some(password))
+        Self::build(false, false, &[], Some(password), false)
     }
 
     #[track_caller]
-    fn build(replicas: bool, linked: bool, arguments: &[&str], password: Option<&str>) -> Self {
+    fn build(replicas: bool, linked: bool, arguments: &[&str], password: Option<&str>, tls: bool) -> Self {
         let count = if replicas { 2 * MASTERS } else { MASTERS };
         let nodes: Vec<_> = (0..count)
             .map(|_| {
@@ -77,7 +104,7 @@ impl Cluster {
                     Some(password) => builder.requirepass(password),
                     None => builder,
                 };
-                (builder.start(), bus)
+                ((if tls { builder.tls() } else { builder }).start(), bus)
             })
             .collect();
         let links: Vec<_> =
@@ -98,7 +125,7 @@ impl Cluster {
         }
         let nodes: Vec<_> = nodes.into_iter().map(|(node, _)| node).collect();
         let ids = nodes.iter().map(|node| node.cli(&["CLUSTER", "MYID"])).collect();
-        let cluster = Self { nodes, links, ids, replicas };
+        let cluster = Self { nodes, links, ids, replicas, authority: None };
         cluster.settle();
         cluster
     }

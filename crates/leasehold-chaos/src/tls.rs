@@ -6,7 +6,7 @@ use std::process::Command;
 /// Writes `ca.crt`, `server.crt` and `server.key` for 127.0.0.1 and localhost into `folder`.
 pub(crate) fn make_certificates(folder: &Path) {
     let extensions = "subjectAltName=IP:127.0.0.1,DNS:localhost\n\
-                      basicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n";
+                      basicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth,clientAuth\n";
     std::fs::write(folder.join("extensions"), extensions).expect("the temporary folder can be written");
     let new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
     let authority =

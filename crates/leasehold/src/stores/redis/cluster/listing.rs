@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::keys;
 use super::super::listing::{BATCH, MOST_WAITERS, PAGE, waits_for};
-use super::ClusterStore;
-use super::map::Endpoint;
+use super::map::{Endpoint, Redirect, unsettled};
 use super::nodes::Node;
+use super::{ClusterStore, MOST_HOPS};
 use crate::error::Result;
 use crate::types::{LockView, Name, Page, Query};
 
@@ -28,24 +28,38 @@ impl ClusterStore {
             }
             Query::Prefix { prefix, after, limit } => {
                 let limit = (*limit).clamp(1, PAGE);
-                let mut found = BTreeSet::new();
-                for (node, first) in self.nodes.masters() {
-                    let deadline = node.store.deadline(None);
-                    let link = node.store.connector.link(deadline).await?;
-                    let index = self.keyspace.index_in(first);
-                    let names =
-                        node.store.indexed(&link, &index, prefix, after.as_ref(), limit, deadline).await;
-                    if names.is_err() {
-                        self.nodes.hub().stale.notify_one();
-                    }
-                    found.extend(names?);
-                }
+                let found = self.indexed(prefix, after.as_ref(), limit).await?;
                 let names: Vec<_> = found.into_iter().collect();
                 let next = names.get(limit - 1).filter(|_| names.len() > limit).cloned();
                 let mut items = self.views(&names[..names.len().min(limit)], 0).await?;
                 items.retain(|view| view.holder.is_some());
                 Ok(Page { items, next })
             }
+        }
+    }
+
+    /// Up to one name more than `limit` of each master's list, in order.
+    async fn indexed(&self, prefix: &[u8], after: Option<&Name>, limit: usize) -> Result<BTreeSet<Name>> {
+        let mut tries = 0;
+        'anew: loop {
+            tries += 1;
+            let mut found = BTreeSet::new();
+            for (node, first) in self.nodes.masters() {
+                let deadline = node.store.deadline(None);
+                let link = node.store.connector.link(deadline).await?;
+                let index = self.keyspace.index_in(first);
+                match node.store.indexed(&link, &index, prefix, after, limit, deadline).await {
+                    Ok(names) => found.extend(names),
+                    Err(error) if Redirect::of(&error, &node.endpoint).is_none() => return Err(error),
+                    Err(error) if tries >= MOST_HOPS => return Err(unsettled(error)),
+                    // The node's first slot is another one now.
+                    Err(_) => {
+                        self.nodes.refresh().await?;
+                        continue 'anew;
+                    }
+                }
+            }
+            return Ok(found);
         }
     }
 
