@@ -656,13 +656,13 @@ mod tests {
 
     #[test]
     fn a_grant_over_a_new_connection_is_news_whatever_the_one_before_told() {
-        let waiting = Waiting::new();
+        let waiting = Waiting::new("push");
         let claim = Claim::new(Name::new("a").unwrap(), clock::claim_id(), Duration::from_secs(30));
         let grant = format!("1 {} 7 30000 1 a", claim.id);
         let told_by_an_answer = |session| {
             waiting.connected(session);
-            waiting.present(&claim).unwrap();
-            waiting.present(&claim).unwrap();
+            waiting.present(&claim, false).unwrap();
+            waiting.present(&claim, true).unwrap();
             waiting.granted(claim.id);
         };
         told_by_an_answer(1);
