@@ -31,7 +31,9 @@ fn main() {
     beside_each_other("on the loopback", &single.url(), &direct(&nodes), &direct(&lame), &lame[0]);
     let links = |servers: &[RedisServer]| -> Vec<Proxy> {
         let links: Vec<Proxy> = servers.iter().map(|server| Proxy::start(server.port())).collect();
-        links.iter().for_each(|link| link.delay_replies(Duration::from_millis(1)));
+        for link in &links {
+            link.delay_replies(Duration::from_millis(1));
+        }
         links
     };
     let (one, five, others) = (links(std::slice::from_ref(&single)), links(&nodes), links(&lame));
