@@ -19,7 +19,7 @@ const DIAGNOSE: Duration = Duration::from_secs(5);
 /// The TTL by whose drift the slack is told: the usual one.
 const USUAL_TTL: Duration = Duration::from_secs(30);
 /// The least TTL: what is shorter ends before several nodes have answered.
-const LEAST_TTL: Duration = Duration::from_millis(50);
+const LEAST_TTL: Duration = Duration::from_millis(200);
 
 /// What a quorum of stores with these guarantees promises.
 pub(super) fn weakest(nodes: &[Guarantees]) -> Guarantees {
