@@ -32,10 +32,19 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// # Panics
 /// After [`PATIENCE`], saying `what` did not come true.
 #[track_caller]
-pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+pub fn eventually(what: &str, done: impl FnMut() -> bool) {
+    within(PATIENCE, what, done);
+}
+
+/// As [`eventually`], with a patience of its own.
+///
+/// # Panics
+/// After `patience`, saying `what` did not come true.
+#[track_caller]
+pub fn within(patience: Duration, what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
     while !done() {
-        assert!(Instant::now() < deadline, "did not come true within {PATIENCE:?}: {what}");
+        assert!(Instant::now() < deadline, "did not come true within {patience:?}: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

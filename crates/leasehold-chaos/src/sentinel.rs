@@ -1,13 +1,17 @@
 //! A master, its replicas and the sentinels that watch over them, as real processes.
 
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::eventually;
 use crate::servers::{Builder, RedisServer};
+use crate::{eventually, within};
 
 /// The name by which the sentinels of these tests know the master.
 pub const MASTER: &str = "mymaster";
+
+/// How long sentinels may take to put all in order: when the machine stood still for two seconds they mistrust their clock
+/// and do nothing for half a minute ("tilt").
+const SETTLES_WITHIN: Duration = Duration::from_secs(150);
 
 /// How such a deployment is to be started.
 #[derive(Clone, Debug)]
@@ -181,7 +185,7 @@ impl Deployment {
     #[track_caller]
     pub fn settle(&self) {
         for (number, sentinel) in self.sentinels.iter().enumerate() {
-            eventually("every sentinel knows the others, the master and its replicas", || {
+            within(SETTLES_WITHIN, "every sentinel knows the others, the master and its replicas", || {
                 let facts = fields(&sentinel.cli(&["SENTINEL", "MASTER", MASTER]));
                 let has =
                     |key: &str, value: usize| facts.iter().any(|(k, v)| k == key && *v == value.to_string());
@@ -192,7 +196,7 @@ impl Deployment {
             });
         }
         let count = format!("connected_slaves:{}", self.servers.len() - 1);
-        eventually("the master has its replicas", || {
+        within(SETTLES_WITHIN, "the master has its replicas", || {
             let info = self.servers[self.master()].cli(&["INFO", "replication"]);
             info.contains("role:master")
                 && info.contains(&count)
