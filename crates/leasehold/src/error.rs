@@ -92,6 +92,7 @@ impl Error {
     }
 
     /// The cause, if it is of this type.
+    #[allow(dead_code, reason = "not every store asks for it")]
     pub(crate) fn cause<T: StdError + 'static>(&self) -> Option<&T> {
         self.0.source.as_deref()?.downcast_ref()
     }
