@@ -131,15 +131,22 @@ impl Run<'_> {
             if let Some((token, until)) = self.tally.agreed() {
                 return Some(self.won(token, until));
             }
-            let grantors = self.tally.grantors();
-            if round == RAISES || grantors.len() < self.shared.majority {
+            let mut asked = self.tally.grantors();
+            let mut spare = 0;
+            if round > 0 {
+                // One of them takes no token that suits the others, its clock being far off: those that were not waited for
+                // may do instead, and what it says itself is not to decide.
+                spare = asked.len().saturating_sub(self.shared.majority);
+                asked.extend(self.tally.unheard());
+            }
+            if round == RAISES || asked.len() < self.shared.majority {
                 break;
             }
             self.shared.count_raise();
             // Beyond the last of a block, where the claim takes several.
-            let beyond = self.tally.largest() + u64::from(self.claim.tokens.max(1));
+            let beyond = self.tally.largest_but(spare) + u64::from(self.claim.tokens.max(1));
             let ballot = FencingToken::new(beyond.min(FencingToken::MAX));
-            self.ask(&grantors, ballot, None, |tally| tally.is_agreed_or_split(ballot)).await;
+            self.ask(&asked, ballot, None, |tally| tally.is_agreed_or_split(ballot)).await;
         }
         None
     }
@@ -193,8 +200,10 @@ impl Run<'_> {
     }
 
     fn defeat(&self) -> Result<Acquired> {
+        // What was granted in an earlier round is there still, also at a node that cannot be reached any more.
+        let may_hold = !self.attempt.involved().is_empty();
         self.shared.give_up(self.claim, &self.attempt);
-        let verdict = self.tally.verdict(&self.shared.locations());
+        let verdict = self.tally.verdict(&self.shared.locations(), may_hold);
         if matches!(&verdict, Err(error) if !error.is_transient()) {
             self.shared.table.refused(self.claim.id, &self.attempt);
         }
