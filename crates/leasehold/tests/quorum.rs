@@ -194,6 +194,8 @@ fn a_quorum_of_too_few_or_of_the_same_node_twice_is_refused() {
     assert_eq!(kind(&url_of(&[server(1), server(2)])), ErrorKind::Invalid);
     assert_eq!(kind(&url_of(&[server(1), server(2), server(1)])), ErrorKind::Invalid);
     assert_eq!(kind(&url_of(&["memory:".into(), "memory:".into(), "memory:".into()])), ErrorKind::Invalid);
+    let loud = [server(1), "redis://LOCALHOST:2".into(), "redis://localhost:2".into()];
+    assert_eq!(kind(&url_of(&loud)), ErrorKind::Invalid, "a host is one in whatever case it is written");
     // However deep it is nested, and with a password where the scheme belongs.
     assert_eq!(kind(&"quorum:?node=".repeat(50_000)), ErrorKind::Invalid);
     let quorum_of_rings = url_of(&["ring:?node=nonsense:".into()]);
