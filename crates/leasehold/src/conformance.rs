@@ -312,6 +312,12 @@ async fn tokens_that_are_proposed(store: &dyn Store) {
         assert_eq!(released(store, &held).await, Released::Released);
         last = raised.token;
     }
+    // Where no last token is known, an old one could have been given out before.
+    let unknown =
+        claim(&fresh("proposed-old"), TTL).with_ballot(FencingToken::new(last.get() - 7200 * 1_000_000));
+    let grant = granted(store, &unknown).await;
+    assert!(grant.token.get() > last.get() - 3600 * 1_000_000, "an old token was taken: {}", grant.token);
+    assert_eq!(released(store, &Held::new(&unknown, &grant)).await, Released::Released);
     // One that is not larger, or far ahead, is passed over; so is one that leaves no room for a block.
     for proposed in [1, last.get(), last.get() + 7200 * 1_000_000, FencingToken::MAX] {
         let mine = claim(&name, TTL).with_ballot(FencingToken::new(proposed));

@@ -257,6 +257,8 @@ impl MutexSet {
             let looked = look(&mutexes[held.len()..], deadline).await;
             held.extend(looked.granted);
             let holder = match (looked.failed, looked.busy) {
+                // What was kept may have been lost while the store looked at the rest.
+                (None, None) if waited && give_back_lost(&mut held).await => continue,
                 (None, None) => return Ok(Ok(self.in_order(held))),
                 (None, Some(Busy(holder))) => holder,
                 (Some(error), _) => {
@@ -277,10 +279,7 @@ impl MutexSet {
                 Ok(Err(holder)) => break Ok(holder),
                 Err(error) => break Err(error),
             }
-            // What was lost meanwhile is taken anew, and what comes after it.
-            if let Some(lost) = held.iter().position(|guard| guard.status() == Status::Lost) {
-                give_back(held.split_off(lost)).await;
-            }
+            give_back_lost(&mut held).await;
         };
         give_back(held).await;
         match ended {
@@ -345,6 +344,13 @@ async fn look(mutexes: &[Mutex], deadline: Instant) -> Looked {
         }
     }
     looked
+}
+
+/// What was lost meanwhile is to be taken anew, and what comes after it; whether that is anything.
+async fn give_back_lost(held: &mut Vec<Guard>) -> bool {
+    let Some(lost) = held.iter().position(|guard| guard.status() == Status::Lost) else { return false };
+    give_back(held.split_off(lost)).await;
+    true
 }
 
 async fn give_back(guards: Vec<Guard>) {

@@ -10,7 +10,8 @@
 //! 6. Renewing after a loss says `Lost`, also if the same claim was granted anew. It never re-creates anything, and
 //!    renewing never shortens a lease.
 //! 7. Each grant of a name has a larger token than every earlier one, as far as [`Guarantees::fencing`] says; one that the
-//!    claim proposes ([`Claim::ballot`]) if it is larger than the last and not far ahead of the store's clock.
+//!    claim proposes ([`Claim::ballot`]) if it is larger than the last and not far ahead of the store's clock, nor far behind
+//!    it where no last one is known.
 //! 8. FIFO stores grant in the order of arrival; a claim that is not to queue neither waits nor joins the queue.
 //! 9. A cancelled acquire leaves neither a hold nor a place in the queue.
 //! 10. A lost reply is `Unknown`, not a failure: presenting again resolves it, or release frees the lock; a request that

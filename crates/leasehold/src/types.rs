@@ -324,14 +324,17 @@ impl Claim {
 }
 
 /// How far ahead of a store's own wall clock a proposed token may be: else a client whose clock is wrong could use all
-/// tokens up.
+/// tokens up. And how far behind it, where the last token is forgotten: else such a client could repeat old ones.
 pub const BALLOT_AHEAD: Duration = Duration::from_secs(3600);
 
 /// The token that a claim proposes, if a store whose last token is `last` and whose wall clock shows `wall` takes it: it is
-/// larger than the last one, not more than an hour ahead, and leaves room for the tokens that the claim takes.
+/// larger than the last one (if none is known, which is 0, not more than an hour behind the clock), not more than an hour
+/// ahead, and leaves room for the tokens that the claim takes.
 pub fn ballot_over(claim: &Claim, last: u64, wall: Duration) -> Option<FencingToken> {
     let ballot = claim.ballot?;
-    let latest = u64::try_from(wall.saturating_add(BALLOT_AHEAD).as_micros()).unwrap_or(u64::MAX);
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let latest = micros(wall.saturating_add(BALLOT_AHEAD));
+    let last = if last == 0 { micros(wall.saturating_sub(BALLOT_AHEAD)) } else { last };
     let spare = u64::from(claim.tokens.max(1)) - 1;
     let fits = ballot.get() <= latest && ballot.get().saturating_add(spare) <= FencingToken::MAX;
     (ballot.get() > last && fits).then_some(ballot)

@@ -124,6 +124,9 @@ impl std::fmt::Debug for Connector {
     }
 }
 
+/// How deep stores may stand within others: a quorum of rings, and no more.
+const MOST_WITHIN: usize = 2;
+
 /// A store that a URL names, recognised and not yet opened.
 #[derive(Clone)]
 enum Place {
@@ -140,6 +143,15 @@ enum Place {
 
 impl Place {
     fn parse(url: &str) -> Result<Self> {
+        Self::within(url, 0)
+    }
+
+    /// One that stands within so many others.
+    fn within(url: &str, depth: usize) -> Result<Self> {
+        if depth > MOST_WITHIN {
+            return Err(Error::invalid("the URL names stores within stores within stores")
+                .advise("a node is one server, or made of such"));
+        }
         let Some((scheme, rest)) = url.split_once(':') else {
             return Err(Error::invalid("a store is named by a URL, and this has no scheme")
                 .advise("try redis://127.0.0.1:6379 or sqlite:/path/to/file.db"));
@@ -147,8 +159,8 @@ impl Place {
         match scheme.to_ascii_lowercase().as_str() {
             "memory" if rest.is_empty() => Ok(Self::Memory),
             "memory" => Err(Error::invalid("memory: takes nothing after the colon")),
-            "ring" => ring(rest).map(Self::Ring),
-            "quorum" => nodes("quorum", rest).map(Self::Quorum),
+            "ring" => ring(rest, depth + 1).map(Self::Ring),
+            "quorum" => nodes("quorum", rest, depth + 1).map(Self::Quorum),
             #[cfg(feature = "sqlite")]
             "sqlite" => sqlite_path(rest).map(Self::Sqlite),
             #[cfg(feature = "redis")]
@@ -170,6 +182,11 @@ impl Place {
             #[cfg(not(feature = "redis"))]
             "redis+cluster" | "rediss+cluster" | "valkey+cluster" | "valkeys+cluster" => {
                 Err(not_built_in(scheme))
+            }
+            // `password@host:port` has its password before the first colon.
+            other if !other.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b)) => {
+                Err(Error::invalid("a store is named by a URL, and this begins with no scheme")
+                    .advise("try redis://127.0.0.1:6379 or sqlite:/path/to/file.db"))
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
                 .advise(
@@ -226,7 +243,7 @@ impl Place {
 }
 
 /// The stores that `scheme:?node=URL&node=URL` names. A `?`, `&`, `#` or `%` within a node's URL is percent-encoded.
-fn nodes(scheme: &str, rest: &str) -> Result<Vec<Place>> {
+fn nodes(scheme: &str, rest: &str, depth: usize) -> Result<Vec<Place>> {
     let form = || {
         format!(
             "{scheme}:?node=redis://a:6379&node=redis://b:6379, with ? & # and % in a node's URL percent-encoded"
@@ -242,7 +259,7 @@ fn nodes(scheme: &str, rest: &str) -> Result<Vec<Place>> {
                 Error::invalid(format!("{scheme}: has a parameter that is not a node")).advise(form())
             );
         }
-        nodes.push(Place::parse(&node)?);
+        nodes.push(Place::within(&node, depth)?);
     }
     Ok(nodes)
 }
@@ -251,7 +268,7 @@ fn nodes(scheme: &str, rest: &str) -> Result<Vec<Place>> {
 type Member = fn(Node) -> Node;
 
 /// The nodes of `ring:?node=URL&node=URL`, and those that `adding=URL` and `removing=URL` name.
-fn ring(rest: &str) -> Result<Vec<(Place, Member)>> {
+fn ring(rest: &str, depth: usize) -> Result<Vec<(Place, Member)>> {
     let (mut staying, mut adding, mut removing) = (Vec::new(), Vec::new(), Vec::new());
     for part in rest.strip_prefix('?').unwrap_or_default().split('&') {
         match part.split_once('=') {
@@ -265,7 +282,7 @@ fn ring(rest: &str) -> Result<Vec<(Place, Member)>> {
         [(staying, |node| node), (adding, Node::adding), (removing, Node::removing)];
     for (parts, member) in sorts {
         let rest = if rest.starts_with('?') { format!("?{}", parts.join("&")) } else { rest.to_owned() };
-        members.extend(nodes("ring", &rest)?.into_iter().map(|place| (place, member)));
+        members.extend(nodes("ring", &rest, depth)?.into_iter().map(|place| (place, member)));
     }
     Ok(members)
 }

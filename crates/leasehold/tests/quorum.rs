@@ -199,6 +199,15 @@ fn a_quorum_of_too_few_or_of_the_same_node_twice_is_refused() {
     assert_eq!(kind(&url_of(&[server(1), server(2)])), ErrorKind::Invalid);
     assert_eq!(kind(&url_of(&[server(1), server(2), server(1)])), ErrorKind::Invalid);
     assert_eq!(kind(&url_of(&["memory:".into(), "memory:".into(), "memory:".into()])), ErrorKind::Invalid);
+    let loud = [server(1), "redis://LOCALHOST:2".into(), "redis://localhost:2".into()];
+    assert_eq!(kind(&url_of(&loud)), ErrorKind::Invalid, "a host is one in whatever case it is written");
+    // However deep it is nested, and with a password where the scheme belongs.
+    assert_eq!(kind(&"quorum:?node=".repeat(50_000)), ErrorKind::Invalid);
+    let quorum_of_rings = url_of(&["ring:?node=nonsense:".into()]);
+    let error = block_on(leasehold::connect(&quorum_of_rings)).unwrap_err().to_string();
+    assert!(error.contains("no store has the scheme nonsense:"), "{error}");
+    let error = block_on(leasehold::connect(&url_of(&["hunter2@host:6379".into()]))).unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && !error.to_string().contains("hunter2"), "{error}");
     let nobody = block_on(leasehold::connect(&url_of(&[server(1), server(2), server(3)]))).unwrap_err();
     assert_eq!(nobody.kind(), ErrorKind::Unavailable);
     for port in 1..=3 {

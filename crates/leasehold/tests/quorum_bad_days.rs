@@ -344,3 +344,32 @@ fn a_client_with_a_wild_clock_or_a_node_with_one_costs_nobody_the_lock() {
         nodes.settle("a", 0);
     }
 }
+
+#[test]
+fn a_node_with_a_wild_clock_that_answers_first_costs_nobody_the_lock() {
+    // So it is one of the first majority each time, and takes no token that is proposed, or is the cause of one that
+    // nobody else takes.
+    for offset in [2 * 3600 * 1_000_000, -2 * 3600 * 1_000_000] {
+        let wild = RedisServer::builder().own_clock().start();
+        wild.set_clock_offset(offset);
+        let mut nodes = Nodes::start(2);
+        nodes.links.insert(0, Proxy::start(wild.port()));
+        nodes.servers.insert(0, wild);
+        let (store, locks) = nodes.store();
+        nodes.warm_up(&locks);
+        nodes.links[1..].iter().for_each(|link| link.delay_replies(ms(20)));
+        let mut last = 0;
+        for _ in 0..5 {
+            let guard = block_on(locks.mutex("a").lock()).unwrap();
+            let token = guard.fencing_token().get();
+            assert!(token > last);
+            last = token;
+            eventually("a majority has exactly the token", || {
+                nodes.tokens("a").iter().filter(|other| **other == token).count() >= 2
+            });
+            block_on(guard.unlock()).unwrap();
+            nodes.settle("a", 0);
+        }
+        assert_eq!(store.set_aside().len(), 0);
+    }
+}

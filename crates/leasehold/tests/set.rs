@@ -4,13 +4,16 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use leasehold::store::Store;
+use leasehold::store::Woken;
 use leasehold::stores::memory::{Fault, MemoryStore, Verb};
 use leasehold::{
-    Claim, ErrorKind, Fairness, Guard, Held, Locks, Loss, MAX_STRIPES, Name, Owner, Query, Released, Retry,
-    Status, clock, connect,
+    Acquired, Claim, ErrorKind, Fairness, Finding, Guarantees, Guard, Held, LockView, Locks, Loss,
+    MAX_STRIPES, Name, Owner, Page, Query, Released, Renewal, Retry, Status, Ticket, clock, connect,
 };
 use leasehold_chaos::servers::RedisServer;
 
@@ -133,6 +136,61 @@ async fn what_is_lost_while_another_is_waited_for_is_taken_anew() {
     until("it holds a and waits", || async { waiters(&*store, "b").await == 1 }).await;
     let first = locks.show("a").await.unwrap().holder.unwrap().token.unwrap();
     until("its lease is over", || async { held(&*store).await == "b" }).await;
+    assert_eq!(busy.unlock().await.unwrap(), Released::Released);
+    let guards = waiter.await.unwrap();
+    assert_eq!(guards.status(), Status::Held);
+    assert!(guards.fencing_tokens()[0] > first);
+}
+
+/// Answers for c, once it was asked for before, only when nobody has a.
+#[derive(Debug)]
+struct SlowAtC(Arc<MemoryStore>, AtomicUsize);
+
+#[async_trait::async_trait]
+impl Store for SlowAtC {
+    async fn acquire(&self, claim: &Claim) -> leasehold::Result<Acquired> {
+        if claim.name.as_bytes() == b"c" && self.1.fetch_add(1, Ordering::AcqRel) == 1 {
+            until("a is over", || async { !held(&*self.0).await.contains('a') }).await;
+        }
+        self.0.acquire(claim).await
+    }
+    async fn woken(&self, ticket: &Ticket) -> Woken {
+        self.0.woken(ticket).await
+    }
+    async fn renew(&self, held: &[Held]) -> Vec<leasehold::Result<Renewal>> {
+        self.0.renew(held).await
+    }
+    async fn release(&self, held: &Held) -> leasehold::Result<Released> {
+        self.0.release(held).await
+    }
+    async fn inspect(&self, query: &Query) -> leasehold::Result<Page<LockView>> {
+        self.0.inspect(query).await
+    }
+    fn guarantees(&self) -> Guarantees {
+        self.0.guarantees()
+    }
+    fn location(&self) -> Arc<str> {
+        self.0.location()
+    }
+    async fn diagnose(&self) -> Vec<Finding> {
+        self.0.diagnose().await
+    }
+    fn lifeline(&self) -> Option<Arc<std::fs::File>> {
+        None
+    }
+}
+
+#[tokio::test]
+async fn what_is_lost_during_the_last_look_is_taken_anew_too() {
+    let store = Arc::new(MemoryStore::new());
+    let locks = Locks::over(Arc::new(SlowAtC(store.clone(), AtomicUsize::new(0)))).unwrap();
+    let busy = locks.mutex("b").lock().await.unwrap();
+    let set = locks.all(["a", "b", "c"]).ttl(ms(3_000)).renew(false);
+    let waiter = tokio::spawn(async move { set.lock().await.unwrap() });
+    until("it holds a and waits", || async { waiters(&*store, "b").await == 1 }).await;
+    let first = locks.show("a").await.unwrap().holder.unwrap().token.unwrap();
+    // So that the lease of b ends well after that of a.
+    clock::sleep(ms(1_500)).await;
     assert_eq!(busy.unlock().await.unwrap(), Released::Released);
     let guards = waiter.await.unwrap();
     assert_eq!(guards.status(), Status::Held);

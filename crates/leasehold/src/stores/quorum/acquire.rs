@@ -138,15 +138,19 @@ impl Run<'_> {
             if let Some((token, until)) = self.tally.agreed() {
                 return Some(self.won(token, until));
             }
-            let grantors = self.tally.grantors();
-            if round == RAISES || grantors.len() < self.shared.majority {
+            let asked = self.tally.grantors();
+            if round == RAISES || asked.len() < self.shared.majority {
                 break;
             }
+            // One of them may take no token that suits the others, its clock being far off: what it says itself is not to
+            // decide, where the others do without it.
+            let spare =
+                if round == 0 { 0 } else { self.tally.granted().saturating_sub(self.shared.majority) };
             self.shared.count_raise();
             // Beyond the last of a block, where the claim takes several.
-            let beyond = self.tally.largest() + u64::from(self.claim.tokens.max(1));
+            let beyond = self.tally.largest_but(spare) + u64::from(self.claim.tokens.max(1));
             let ballot = FencingToken::new(beyond.min(FencingToken::MAX));
-            self.ask(&grantors, ballot, None, |tally| tally.is_agreed_or_split(ballot)).await;
+            self.ask(&asked, ballot, None, |tally| tally.is_agreed_or_split(ballot)).await;
         }
         None
     }
@@ -202,12 +206,14 @@ impl Run<'_> {
     /// Gives everything back, and tells why. It waits for the nodes as long again as they took, 50 ms at most, so that a process
     /// that ends when it hears of it leaves nothing behind.
     async fn defeat(&self) -> Result<Acquired> {
+        // What was granted in an earlier round is there still, also at a node that cannot be reached any more.
+        let may_hold = !self.attempt.involved().is_empty();
         let mut race = self.shared.giving_up(self.claim, &self.attempt);
         let now = clock::now();
         let patience = now.since(self.started).min(PERSISTENCE) + STRAGGLERS;
         while race.next_before(now.plus(patience)).await.is_some() {}
         drop(race);
-        let verdict = self.tally.verdict(&self.shared.locations());
+        let verdict = self.tally.verdict(&self.shared.locations(), may_hold);
         if matches!(&verdict, Err(error) if !error.is_transient()) {
             self.shared.table.refused(self.claim.id, &self.attempt);
         }

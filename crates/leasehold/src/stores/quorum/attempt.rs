@@ -101,9 +101,9 @@ impl Attempt {
         self.such(|place| !place.is_clear())
     }
 
-    /// At how many nodes that have nothing of it somebody else had the lock.
-    pub(super) fn elsewhere(&self) -> usize {
-        self.such(|place| place.is_clear() && place.by_other).len()
+    /// At how many nodes somebody else had the lock, `involved` left out: these say themselves how it stands.
+    pub(super) fn elsewhere(&self, involved: &[usize]) -> usize {
+        self.such(|place| place.by_other).iter().filter(|index| !involved.contains(index)).count()
     }
 
     /// The nodes that have nothing of it.
@@ -517,5 +517,23 @@ impl Table {
         if attempt.number == 0 && entries.entry(id, attempt).is_some() {
             entries.by_claim.remove(&id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Holder, Name};
+
+    #[test]
+    fn a_node_that_is_to_answer_the_release_is_not_counted_before_it_does() {
+        let name = Name::new("a").unwrap();
+        let attempt = Attempt::new(&Claim::new(name, clock::claim_id(), Duration::from_secs(1)), 0, 3);
+        let asking = Asking::begin(&attempt, 1);
+        let involved = attempt.involved();
+        assert_eq!(involved, [1]);
+        // Its answer comes after the release began: it would count as two nodes.
+        asking.answered(&Ok(Acquired::Busy(Holder::default())));
+        assert_eq!((attempt.elsewhere(&involved), attempt.elsewhere(&[])), (0, 1));
     }
 }

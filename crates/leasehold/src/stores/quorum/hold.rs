@@ -178,7 +178,7 @@ impl Shared {
             if let Some((attempt, involved)) = self.end(held.id) {
                 let until = started.plus(attempt.ttl()).plus(Duration::from_secs(1));
                 let wait_for = involved.len();
-                by_other = attempt.elsewhere();
+                by_other = attempt.elsewhere(&involved);
                 (self.give_back_calls(held.id, &attempt, &involved, until), wait_for)
             } else {
                 let until = started.plus(held.extend.unwrap_or(UNKNOWN_LEASE)).plus(Duration::from_secs(1));

@@ -71,7 +71,8 @@ impl Tally {
         self.outcomes.iter().filter(|outcome| is(outcome)).count()
     }
 
-    fn granted(&self) -> usize {
+    /// How many hold for the claim, as far as is known.
+    pub(super) fn granted(&self) -> usize {
         self.count(|outcome| matches!(outcome, Outcome::Granted(..)))
     }
 
@@ -81,9 +82,11 @@ impl Tally {
 
     /// The nodes that hold for the claim, and those that may, since they were not waited for.
     pub(super) fn grantors(&self) -> Vec<usize> {
-        let may_hold = |outcome: &Outcome| matches!(outcome, Outcome::Granted(..) | Outcome::Unheard);
-        let all = self.outcomes.iter().enumerate();
-        all.filter(|(_, outcome)| may_hold(outcome)).map(|(index, _)| index).collect()
+        self.such(|outcome| matches!(outcome, Outcome::Granted(..) | Outcome::Unheard))
+    }
+
+    fn such(&self, is: impl Fn(&Outcome) -> bool) -> Vec<usize> {
+        self.outcomes.iter().enumerate().filter(|(_, outcome)| is(outcome)).map(|(index, _)| index).collect()
     }
 
     pub(super) fn has_granted(&self, index: usize) -> bool {
@@ -132,13 +135,15 @@ impl Tally {
         })
     }
 
-    /// The largest token that was answered.
-    pub(super) fn largest(&self) -> u64 {
+    /// The largest token that was granted, `spare` larger ones left out.
+    pub(super) fn largest_but(&self, spare: usize) -> u64 {
         let token = |outcome: &Outcome| match outcome {
-            Outcome::Granted(token, _) => token.get(),
-            _ => 0,
+            Outcome::Granted(token, _) => Some(token.get()),
+            _ => None,
         };
-        self.outcomes.iter().map(token).max().unwrap_or(0)
+        let mut tokens: Vec<u64> = self.outcomes.iter().filter_map(token).collect();
+        tokens.sort_unstable_by(|a, b| b.cmp(a));
+        tokens.get(spare).copied().unwrap_or(0)
     }
 
     /// Who else holds it at a node.
@@ -173,8 +178,8 @@ impl Tally {
         self.count(told) >= self.majority
     }
 
-    /// What a claim that was not granted is told.
-    pub(super) fn verdict(&self, nodes: &[Arc<str>]) -> Result<Acquired> {
+    /// What a claim that was not granted is told; `may_hold` says whether an earlier round may have left it something.
+    pub(super) fn verdict(&self, nodes: &[Arc<str>], may_hold: bool) -> Result<Acquired> {
         let failure = |outcome: &Outcome| match outcome {
             Outcome::Failed(error) if !error.is_transient() => Some(error.clone()),
             _ => None,
@@ -197,13 +202,13 @@ impl Tally {
                 None => error,
             });
         }
-        let may_hold = |outcome: &Outcome| match outcome {
+        let may_be_granted = |outcome: &Outcome| match outcome {
             Outcome::Granted(..) | Outcome::Asked | Outcome::Late | Outcome::Unheard => true,
             Outcome::Failed(error) => error.kind() == ErrorKind::Unknown,
             _ => false,
         };
-        let kind =
-            if self.outcomes.iter().any(may_hold) { ErrorKind::Unknown } else { ErrorKind::Unavailable };
+        let may_hold = may_hold || self.outcomes.iter().any(may_be_granted);
+        let kind = if may_hold { ErrorKind::Unknown } else { ErrorKind::Unavailable };
         let what = if self.has_majority() {
             "the nodes that granted it could not agree on a token"
         } else {
@@ -294,7 +299,7 @@ mod tests {
         let gone = || Outcome::Failed(Error::new(ErrorKind::Unavailable, "refused"));
         let kind = |outcomes: Vec<Outcome>| {
             let count = outcomes.len();
-            Tally::new(outcomes).verdict(&nodes(count)).map(|_| ()).map_err(|error| error.kind())
+            Tally::new(outcomes).verdict(&nodes(count), false).map(|_| ()).map_err(|error| error.kind())
         };
         let aside = || Outcome::Aside("x".into());
         assert_eq!(kind(vec![gone(), gone(), aside()]), Err(ErrorKind::Unavailable));
@@ -306,6 +311,9 @@ mod tests {
         assert_eq!(kind(vec![refused(), refused(), granted(1)]), Err(ErrorKind::Rejected));
         assert_eq!(kind(vec![refused(), gone(), gone()]), Err(ErrorKind::Unavailable));
         assert_eq!(kind(vec![refused(), gone(), Outcome::Unheard]), Err(ErrorKind::Rejected));
+        // Nodes that granted it and went away before they agreed on a token have it still.
+        let earlier = Tally::new(vec![gone(), gone(), aside()]).verdict(&nodes(3), true);
+        assert_eq!(earlier.map(|_| ()).map_err(|error| error.kind()), Err(ErrorKind::Unknown));
     }
 
     #[test]
@@ -317,7 +325,7 @@ mod tests {
         tally.note(1, Err(Error::new(ErrorKind::Unavailable, "could not connect")), sent);
         tally.outcomes[2] = Outcome::Aside("no answer in time".into());
         tally.close(false);
-        let error = tally.verdict(&nodes(4)).unwrap_err().to_string();
+        let error = tally.verdict(&nodes(4), false).unwrap_err().to_string();
         for part in [
             "redis://0: granted with token 5;",
             "redis://1: could not connect;",

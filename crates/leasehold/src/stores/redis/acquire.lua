@@ -2,7 +2,8 @@
 -- each and the wish of each; or, if those are the same for all, one record, one ttl and one wish. A wish is empty (no
 -- waiting, one token), or how many tokens, or that and how to wait: process, ms that it counts as alive, attempt, longest line
 -- or -, and an a if it may stand in line already. Right after the number of tokens may stand @ and the token that the claim
--- proposes: it is taken if it is larger than the last one and not more than an hour ahead.
+-- proposes: it is taken if it is larger than the last one and not more than an hour ahead; if no last one is known, not
+-- more than an hour behind.
 -- Answers for each (alone: without a list): the token of a new grant, or {value, remaining ms} of what is there already,
 -- and if it waits in line, {value, remaining ms, how many are ahead, since when in us}; or an error.
 local call, pcall, sub = redis.call, redis.pcall, string.sub
@@ -57,7 +58,8 @@ local function take(lock, fence, last, owner, record, ttl, wish)
     token = number + 1
     text = string.format('%.0f', token)
   end
-  if ballot and not (number and number >= ballot) then token, text = ballot, ballot_text end
+  -- Without a last token to compare with, one of the past could be smaller than what was given out before that was forgotten.
+  if ballot and ballot > (number or now - 3600000000) then token, text = ballot, ballot_text end
   local stored, kept_text = token, text
   if wish ~= '' and sub(wish, 1, 2) ~= '1 ' then
     stored = token + tonumber(string.match(wish, '^%d+')) - 1

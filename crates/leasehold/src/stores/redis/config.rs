@@ -322,7 +322,8 @@ fn address(url: &Url) -> Result<Address> {
 pub(super) fn host_of(url: &Url, default_port: u16) -> Result<(String, u16)> {
     let host = match url.host() {
         Some(url::Host::Ipv6(address)) => address.to_string(),
-        Some(host) => decoded(&host.to_string(), "host")?,
+        // One host however it is written: rings go by it, and a quorum must not count it for two.
+        Some(host) => decoded(&host.to_string(), "host")?.to_ascii_lowercase(),
         None => return Err(bad("the host is missing")),
     };
     Ok((host, url.port().unwrap_or(default_port)))
