@@ -286,8 +286,10 @@ impl Connector {
                 match (push.kind, push.data.as_slice()) {
                     (PushKind::Disconnection, _) => {
                         closed.store(true, Ordering::Release);
-                        waiting.disconnected(generation);
-                        disturbed.notify_one();
+                        // Others, such as those that wait for replicas, come and go.
+                        if waiting.disconnected(generation) {
+                            disturbed.notify_one();
+                        }
                     }
                     (PushKind::Message, [_, Value::BulkString(message)]) => {
                         waiting.pushed(&prefix, generation, message);
