@@ -161,7 +161,7 @@ impl Place {
             }
             other => Err(Error::invalid(format!("no store has the scheme {}:", other.escape_debug()))
                 .advise(
-                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, sqlite:, ring:, quorum: and memory:",
+                    "known are redis:, rediss:, valkey:, valkeys:, redis+unix:, redis+sentinel:, sqlite:, ring:, quorum: and memory:",
                 )),
         }
     }
