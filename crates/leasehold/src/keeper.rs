@@ -21,6 +21,10 @@ use crate::types::{Claim, ClaimId, Grant, Held, Released, Renewal};
 
 /// How long the last handle waits, unless set, for releases still under way.
 pub(crate) const DEFAULT_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Between two times at which all that is held is confirmed because the store was disturbed: at first, and at most where it is
+/// disturbed again and again, as by a connection that breaks as soon as it is made.
+const CALM_LEAST: Duration = Duration::from_millis(100);
+const CALM_MOST: Duration = Duration::from_secs(1);
 /// The most claims in one call of the store's `renew`.
 const BATCH: usize = 1_000;
 
@@ -214,7 +218,8 @@ impl Shared {
     }
 
     async fn serve(self: Arc<Self>) {
-        let mut disturbed = self.store.disturbed();
+        let (mut hastened, mut calm) = (clock::now(), CALM_LEAST);
+        let mut disturbed = Box::pin(self.disturbed_after(hastened));
         loop {
             let (batches, releases, next, closing) = self.collect();
             for batch in batches {
@@ -230,11 +235,20 @@ impl Shared {
                 () = self.bell.notified() => {}
                 () = clock::sleep_until(next) => {}
                 () = &mut disturbed => {
-                    disturbed = self.store.disturbed();
+                    let now = clock::now();
+                    calm = if now.since(hastened) > CALM_MOST * 2 { CALM_LEAST } else { (calm * 2).min(CALM_MOST) };
+                    hastened = now;
+                    disturbed.set(self.disturbed_after(now.plus(calm)));
                     self.hasten();
                 }
             }
         }
+    }
+
+    /// Resolves when the store is disturbed, but not before `calm`: what happened until then is heard of then.
+    async fn disturbed_after(&self, calm: Instant) {
+        clock::sleep_until(calm).await;
+        self.store.disturbed().await;
     }
 
     /// Has everything that is kept confirmed at once, and what is to be released tried again.

@@ -3,7 +3,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use leasehold::store::Store;
@@ -26,13 +26,15 @@ async fn holder(store: &dyn Store, name: &str) -> Option<Holder> {
     store.inspect(&query).await.unwrap().items.remove(0).holder
 }
 
-/// A store that panics, or never answers, when told to.
+/// A store that panics, never answers, or is disturbed without end, when told to.
 #[derive(Debug, Default)]
 struct Bad {
     inner: MemoryStore,
     panic_in_renew: AtomicBool,
     panic_in_release: AtomicBool,
     silent: AtomicBool,
+    restless: AtomicBool,
+    renewals: AtomicUsize,
 }
 #[async_trait::async_trait]
 impl Store for Bad {
@@ -46,12 +48,17 @@ impl Store for Bad {
         self.inner.woken(ticket).await
     }
     async fn renew(&self, held: &[Held]) -> Vec<Result<Renewal>> {
+        self.renewals.fetch_add(1, Ordering::SeqCst);
         assert!(!self.panic_in_renew.swap(false, Ordering::SeqCst), "a fault of the store");
         self.inner.renew(held).await
     }
     async fn release(&self, held: &Held) -> Result<Released> {
         assert!(!self.panic_in_release.swap(false, Ordering::SeqCst), "a fault of the store");
         self.inner.release(held).await
+    }
+    async fn disturbed(&self) {
+        let pause = if self.restless.load(Ordering::SeqCst) { ms(1) } else { ms(3_600_000) };
+        clock::sleep(pause).await;
     }
     async fn inspect(&self, query: &Query) -> Result<Page<LockView>> {
         self.inner.inspect(query).await
@@ -85,6 +92,22 @@ async fn a_store_that_panics_while_renewing_costs_one_renewal_and_no_unlock() {
     let released =
         clock::timeout_at(clock::now().plus(ms(20_000)), guard.unlock()).await.expect("does not hang");
     assert_eq!(released.unwrap(), Released::Released);
+}
+
+#[tokio::test]
+async fn a_store_that_is_disturbed_without_end_makes_no_storm_of_renewals() {
+    let store = Arc::new(Bad::default());
+    store.restless.store(true, Ordering::SeqCst);
+    let locks = Locks::over(store.clone()).unwrap();
+    let guard = locks.mutex("a").ttl(ms(600_000)).lock().await.unwrap();
+    let began = clock::now();
+    // Of its own it is renewed once in this time, and then after a minute.
+    while store.renewals.load(Ordering::SeqCst) < 8 {
+        guard.changed().await;
+        assert_eq!(guard.status(), Status::Held);
+    }
+    let took = clock::now().since(began);
+    assert!(took > ms(1_500), "renewed eight times in {took:?}");
 }
 
 #[tokio::test]

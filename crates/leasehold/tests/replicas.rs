@@ -6,9 +6,9 @@ mod bad_days;
 use std::sync::Arc;
 use std::thread;
 
-use bad_days::{Waiter, abandon, connect, linked, lock, lock_soon, ms};
+use bad_days::{Waiter, abandon, connect, linked, linked_to, lock, lock_soon, ms, renews};
 use leasehold::stores::memory::MemoryStore;
-use leasehold::{Error, ErrorKind, Locks, Mutex, Released, clock};
+use leasehold::{Error, ErrorKind, Locks, Mutex, Released, Status, clock};
 use leasehold_chaos::eventually;
 use leasehold_chaos::proxy::{Command, Fault};
 use leasehold_chaos::servers::RedisServer;
@@ -71,12 +71,12 @@ fn a_shortfall_is_told_or_refused_as_asked_and_holds_up_nobody_else() {
     let (master, replicas, locks) = followed();
     replicas[0].pause();
     let began = clock::now();
-    let kept = lock(&locks.mutex("kept").replicas(2, ms(300)));
+    let kept = lock(&locks.mutex("kept").replicas(2, ms(1_500)));
     assert_eq!(kept.replicas(), Some(1));
-    assert!(clock::now().since(began) >= ms(300), "it waited");
+    assert!(clock::now().since(began) >= ms(1_500), "it waited");
     assert!(has(&master, "kept") && has(&replicas[1], "kept"));
 
-    let error = refused(&locks.mutex("refused").require_replicas(2, ms(300)));
+    let error = refused(&locks.mutex("refused").require_replicas(2, ms(1_500)));
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     assert!(error.to_string().contains("1 of the 2 replicas"), "{error}");
     assert!(!has(&master, "refused"), "it was given back");
@@ -109,6 +109,40 @@ fn a_third_of_the_ttl_is_the_longest_wait() {
     assert_eq!(guard.replicas(), Some(0), "it has none");
     assert!(waited >= ms(500) && waited < ms(1_400), "{waited:?}");
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+}
+
+#[test]
+fn a_dial_that_hangs_does_not_outlast_the_lease() {
+    let (_server, proxy, locks) = linked_to(RedisServer::start(), "?timeout=20s");
+    let held = proxy.inject(Fault::HoldRequest, |command: &Command| command.name() == "HELLO");
+    let began = clock::now();
+    let guard = lock(&locks.mutex("a").ttl(ms(6_000)).renew(false).replicas(1, ms(100)));
+    let waited = clock::now().since(began);
+    assert_eq!(guard.replicas(), Some(0), "nobody was asked");
+    assert!(held.happened() && waited < ms(5_000), "{waited:?}");
+    assert_ne!(guard.status(), Status::Lost);
+    assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
+}
+
+#[test]
+fn the_end_of_a_connection_on_which_replicas_were_waited_for_disturbs_nobody() {
+    let (server, proxy, locks) = linked();
+    let guard = lock(&locks.mutex("a").ttl(ms(3_600_000)));
+    // The first look; the next is due in six minutes, unless something happens.
+    block_on(guard.changed());
+    assert_eq!(proxy.count(renews("a")), 1);
+    let waited = lock(&locks.mutex("b").replicas(1, ms(20)));
+    assert_eq!(block_on(waited.unlock()).unwrap(), Released::Released);
+    let clients = server.cli(&["CLIENT", "LIST"]);
+    let aside = clients.lines().find(|line| line.contains("cmd=wait")).expect("it is kept");
+    let id = aside.split(' ').find_map(|word| word.strip_prefix("id=")).unwrap();
+    assert_eq!(server.cli(&["CLIENT", "KILL", "ID", id]), "1");
+    eventually("one connection only is left", || proxy.open_connections() == 1);
+    for n in 0..100 {
+        assert_eq!(block_on(lock(&locks.mutex(format!("n{n}"))).unlock()).unwrap(), Released::Released);
+    }
+    assert_eq!(proxy.count(renews("a")), 1, "its own connection is as it was");
+    assert_eq!((proxy.accepted(), block_on(guard.unlock()).unwrap()), (2, Released::Released));
 }
 
 #[test]

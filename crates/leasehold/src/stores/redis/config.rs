@@ -81,7 +81,7 @@ pub struct RedisConfig {
 impl RedisConfig {
     /// Reads a URL, without any I/O: files that it names are read when the store connects.
     ///
-    /// Schemes: `redis`, `valkey` (TCP), `rediss`, `valkeys` (TLS), `redis+unix`, `unix` (a socket's path).
+    /// Schemes: `redis`, `valkey` (TCP), `rediss`, `valkeys` (TLS), `redis+unix`, `valkey+unix`, `unix` (a socket's path).
     /// The default port is 6379. Parameters: `prefix`, `timeout` (default `2s`), `ca`, `password_file`,
     /// `line` (`yes`, the default, or `no`: as [`without_line`](Self::without_line)), and for a socket `db` and `user`.
     ///
@@ -305,7 +305,7 @@ fn address(url: &Url) -> Result<Address> {
     let tls = match url.scheme() {
         "redis" | "valkey" => false,
         "rediss" | "valkeys" => true,
-        "redis+unix" | "unix" => {
+        "redis+unix" | "valkey+unix" | "unix" => {
             let path = String::from_utf8(percent_decoded(url.path()))
                 .map_err(|_| bad("the socket's path is no text"))?;
             if url.host().is_some() || path.len() < 2 {
@@ -430,7 +430,9 @@ mod tests {
         let socket = read("redis+unix:///run/my%20redis.sock?db=2&user=bob");
         assert_eq!(socket.address, Address::Unix("/run/my redis.sock".into()));
         assert_eq!((socket.database, socket.username.as_deref()), (2, Some("bob")));
-        assert_eq!(read("unix:///s").address, Address::Unix("/s".into()));
+        for scheme in ["redis+unix", "valkey+unix", "unix"] {
+            assert_eq!(read(&format!("{scheme}:///s")).address, Address::Unix("/s".into()));
+        }
     }
 
     #[test]

@@ -346,8 +346,10 @@ impl Connector {
                 match (push.kind, push.data.as_slice()) {
                     (PushKind::Disconnection, _) => {
                         closed.store(true, Ordering::Release);
-                        waiting.disconnected(generation);
-                        hub.disturb();
+                        // Others, such as those that wait for replicas, come and go.
+                        if waiting.disconnected(generation) {
+                            hub.disturb();
+                        }
                     }
                     (PushKind::Message, [_, Value::BulkString(message)]) => {
                         waiting.pushed(&prefix, generation, message);

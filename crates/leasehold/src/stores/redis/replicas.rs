@@ -49,10 +49,12 @@ impl RedisStore {
             ));
         }
         let calls = self.replicate_calls(held, wish)?;
-        let main = self.connector.link(self.deadline(None)).await?;
+        // Nor may the dials outlast the lease.
+        let dialled_by = self.deadline(held.extend);
+        let main = self.connector.link(dialled_by).await?;
         let link = match self.aside.take(main.generation) {
             Some(link) => link,
-            None => self.dial_aside(&main, self.deadline(None)).await?,
+            None => self.dial_aside(&main, dialled_by).await?,
         };
         // The server may answer a tenth of a second after the time is up.
         let deadline = self.deadline(held.extend).plus(wish.timeout);

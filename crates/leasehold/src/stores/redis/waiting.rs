@@ -375,11 +375,14 @@ impl Waiting {
     }
 
     /// The connection broke: messages may be lost, and everybody's place must be confirmed on the next.
-    pub(super) fn disconnected(&self, session: u64) {
+    /// False if it was none that messages come over: then it concerns nobody else.
+    pub(super) fn disconnected(&self, session: u64) -> bool {
         let mut table = self.table();
-        if session == table.session {
+        let is_ours = session == table.session;
+        if is_ours {
             self.hasten(&mut table);
         }
+        is_ours
     }
 
     /// Has everybody asked for at once: slots moved.
