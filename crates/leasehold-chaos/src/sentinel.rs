@@ -197,7 +197,7 @@ impl Deployment {
         }
         let count = format!("connected_slaves:{}", self.servers.len() - 1);
         within(SETTLES_WITHIN, "the master has its replicas", || {
-            let info = self.servers[self.master()].cli(&["INFO", "replication"]);
+            let info = self.servers[self.master()].ask(&["INFO", "replication"]);
             info.contains("role:master")
                 && info.contains(&count)
                 && info.matches("state=online").count() == self.servers.len() - 1
@@ -232,6 +232,11 @@ impl Deployment {
             self.sentinels[0].cli(&["SENTINEL", "FAILOVER", MASTER]) == "OK"
         });
         self.promoted(old).0
+    }
+
+    /// Whether a server calls itself a replica just now.
+    pub fn is_replica(&self, number: usize) -> bool {
+        self.servers[number].ask(&["ROLE"]).starts_with("slave")
     }
 
     /// Starts a killed server again, on its port, as an operator would: with the settings it had at first.
@@ -288,9 +293,7 @@ mod tests {
         let (new, _) = deployment.promoted(old);
         assert!(deployment.servers[new].cli(&["ROLE"]).starts_with("master"));
         deployment.revive(old);
-        eventually("the old master is a replica", || {
-            deployment.servers[old].cli(&["ROLE"]).starts_with("slave")
-        });
+        eventually("the old master is a replica", || deployment.is_replica(old));
         eventually("the first sentinel has heard of it", || deployment.master() == new);
     }
 }

@@ -435,6 +435,13 @@ impl RedisServer {
         self.connect().call(args).expect("the server answers")
     }
 
+    /// As [`cli`](Self::cli), or nothing if the connection ended before the reply: sentinels end those of a server whose part they
+    /// change.
+    pub fn ask(&self, args: &[&str]) -> String {
+        let reply = Client::connect(("127.0.0.1", self.port)).and_then(|mut client| client.call(args));
+        reply.map_or_else(|_| String::new(), |reply| reply.to_string())
+    }
+
     /// The reply to one command as text, as `redis-cli` prints it into a pipe.
     ///
     /// # Panics

@@ -94,7 +94,7 @@ fn a_held_lock_that_the_replica_had_survives_the_masters_death() {
     let token = guard.fencing_token().get();
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
     assert!(cycle(&others, "a").0 > token);
-    eventually("the old master is a replica", || deployment.servers[old].cli(&["ROLE"]).starts_with("slave"));
+    eventually("the old master is a replica", || deployment.is_replica(old));
     assert!(cycle(&locks, "a").0 > token);
     let commands = deployment.servers[old].cli(&["INFO", "commandstats"]);
     assert!(!commands.contains("cmdstat_eval"), "it was asked: {commands}");
@@ -184,9 +184,7 @@ fn a_frozen_master_is_left_for_the_next_and_not_believed_when_it_wakes() {
     let token = guard.fencing_token().get();
     assert_eq!(block_on(guard.unlock()).unwrap(), Released::Released);
     assert!(cycle(&others, "a").0 > token);
-    eventually("the old master is a replica of the new", || {
-        deployment.servers[old].cli(&["ROLE"]).starts_with("slave")
-    });
+    eventually("the old master is a replica of the new", || deployment.is_replica(old));
     assert_eq!(deployment.servers[new].cli(&["EXISTS", "a"]), "0");
     assert!(cycle(&locks, "a").0 > token);
 }
