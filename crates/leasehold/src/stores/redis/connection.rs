@@ -196,9 +196,17 @@ impl Connector {
         self.master.subscribe()
     }
 
+    /// Which connection there is, if nobody found it broken.
+    pub(super) fn generation(&self) -> Option<u64> {
+        match &*self.slot() {
+            Slot::Up(link) if link.is_open() => Some(link.generation),
+            Slot::Up(_) | Slot::Down | Slot::Dialling(_) => None,
+        }
+    }
+
     /// Whether there is a connection that nobody found broken.
     pub(super) fn is_up(&self) -> bool {
-        matches!(&*self.slot(), Slot::Up(link) if link.is_open())
+        self.generation().is_some()
     }
 
     /// The sentinels that are asked where the server is, if there are any.

@@ -268,9 +268,14 @@ impl RedisStore {
     }
 
     async fn release_once(&self, held: &Held, asking: bool) -> Result<Released> {
+        let before = self.connector.generation();
         let answer = self.give_back(held, true, asking).await;
         if matches!(answer, Ok(Released::Released)) && self.connector.sentinels().is_some() {
             self.lately.note(held);
+            if before.is_some() && before != self.connector.generation() {
+                // Answered by a master that is one no more, perhaps after the next was told what had been released.
+                let _ = Box::pin(self.give_back(held, true, asking)).await;
+            }
         }
         if held.waiting {
             // Only now: a grant that came meanwhile was passed on by this very release.
