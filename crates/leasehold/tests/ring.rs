@@ -5,10 +5,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use leasehold::store::Store;
 use leasehold::stores::memory::{MemoryStore, Verb};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::{
-    ErrorKind, FencingToken, Locks, Loss, Mutex, Name, Owner, Query, Released, Retry, Status, clock, connect,
+    Acquired, Claim, ClaimId, ErrorKind, FencingToken, Held, Locks, Loss, Mutex, Name, Owner, Query,
+    Released, Retry, Status, clock, connect,
 };
 use leasehold_chaos::servers::RedisServer;
 
@@ -62,10 +64,15 @@ impl Change {
         self.phases[phase].mutex(&self.names[0])
     }
 
-    /// The node that the names come from.
+    /// The node that the first name comes from.
     fn old(&self) -> &RedisServer {
+        self.home(&self.names[0])
+    }
+
+    /// The node that a name comes from.
+    fn home(&self, name: &String) -> &RedisServer {
         let [a, b] = [self.servers[0].url(), self.servers[1].url()];
-        let at_a = names_at(&[&a, &b], &a, 50).contains(&self.names[0]);
+        let at_a = names_at(&[&a, &b], &a, 50).contains(name);
         &self.servers[usize::from(!at_a)]
     }
 }
@@ -320,19 +327,83 @@ async fn tokens_grow_through_the_change_though_the_clocks_of_the_nodes_are_apart
 }
 
 #[tokio::test]
+async fn tokens_grow_through_the_change_though_last_ones_are_ahead_of_the_clocks() {
+    let change = Change::start().await;
+    let fence = |name: &str| format!("leasehold:{{{name}}}:fence:{name}");
+    let now = u64::try_from(clock::wall().as_micros()).unwrap();
+    // Waiting for either clock would not help: it is its last token that each goes by.
+    for (at, (old, new)) in [(13, 12), (12, 13), (13, 0), (0, 13), (1800, 1200)].into_iter().enumerate() {
+        let name = &change.names[at];
+        let home = change.home(name);
+        for (server, ahead) in [(home, old), (&change.servers[2], new)] {
+            server.cli(&["SET", &fence(name), &(now + ahead * 1_000_000).to_string()]);
+        }
+        let mut last = FencingToken::new(0);
+        for phase in [1, 2, 1, 1, 0, 1, 2] {
+            let guard = change.phases[phase].mutex(name).lock().await.unwrap();
+            let token = guard.fencing_token();
+            assert!(token > last, "setting {phase}, {old} and {new} s ahead: {token} after {last}");
+            last = token;
+            if phase == 1 {
+                let both = [home, &change.servers[2]].map(|server| server.cli(&["GET", &fence(name)]));
+                assert_eq!(both, [token.to_string(), token.to_string()], "each place has this very token");
+            }
+            assert_eq!(guard.unlock().await.unwrap(), Released::Released);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_block_of_tokens_is_the_same_at_both_places() {
+    let stores: [Arc<MemoryStore>; 2] = Default::default();
+    let claim = |id: u8| Claim::new(Name::new("a").unwrap(), ClaimId::from_bytes([id; 16]), ms(5000));
+    let granted = |answer: Result<Acquired, _>| match answer {
+        Ok(Acquired::Granted(grant)) => grant.token.get(),
+        other => panic!("{other:?}"),
+    };
+    // The last tokens lie within each other's blocks, a minute ahead of the clock.
+    let ahead = u64::try_from(clock::wall().as_micros()).unwrap() + 60_000_000;
+    for (store, last) in stores.iter().zip([ahead, ahead + 5]) {
+        let one = claim(1).with_ballot(FencingToken::new(last));
+        assert_eq!(granted(store.acquire(&one).await), last);
+        store.release(&Held::unanswered(&one)).await.unwrap();
+    }
+    let [old, new] = [0, 1].map(|at: usize| Node::new(stores[at].clone()).named(["old", "new"][at]));
+    let ring = RingStore::new(vec![old.removing(), new.adding()]).unwrap();
+    let block = claim(2).with_tokens(10);
+    let first = granted(ring.acquire(&block).await);
+    assert!(first > ahead + 5);
+    assert_eq!(granted(ring.acquire(&block).await), first, "the same when presented again");
+    ring.release(&Held::unanswered(&block)).await.unwrap();
+    for store in &stores {
+        assert!(
+            granted(store.acquire(&claim(3)).await) >= first + 10,
+            "a token of the block was given again"
+        );
+    }
+}
+
+#[tokio::test]
 async fn clocks_too_far_apart_are_an_error_and_leave_nothing() {
     let clocked = || RedisServer::builder().own_clock().start();
     let change = Change::over([clocked(), clocked(), clocked()]).await;
-    change.servers[2].set_clock_offset(3_600_000_000);
-    let refused = clock::timeout_at(clock::now().plus(ms(20_000)), change.mutex(1).lock()).await;
-    let error = refused.expect("it does not wait for the clock").unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Rejected);
-    assert!(
-        error.to_string().contains(&change.servers[2].url()) && error.to_string().contains("clocks"),
-        "{error}"
-    );
-    for phase in [0, 2] {
-        assert!(change.mutex(phase).try_lock().await.unwrap().is_some(), "free for setting {phase}");
+    for (at, old, new) in [(0, 0, 7_200_000_000), (1, 7_200_000_000, 0)] {
+        change.servers[0].set_clock_offset(old);
+        change.servers[1].set_clock_offset(old);
+        change.servers[2].set_clock_offset(new);
+        let name = &change.names[at];
+        let mutex = change.phases[1].mutex(name);
+        let refused = clock::timeout_at(clock::now().plus(ms(20_000)), mutex.lock()).await;
+        let error = refused.expect("it does not wait for the clock").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+        assert!(
+            error.to_string().contains(&change.servers[2].url()) && error.to_string().contains("clocks"),
+            "{error}"
+        );
+        for phase in [0, 2] {
+            let free = change.phases[phase].mutex(name).try_lock().await.unwrap();
+            assert!(free.is_some(), "free for setting {phase}");
+        }
     }
 }
 
