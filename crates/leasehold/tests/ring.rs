@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use leasehold::store::Store;
-use leasehold::stores::memory::{MemoryStore, Verb};
+use leasehold::stores::memory::{Fault, MemoryStore, Verb};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::{
     Acquired, Claim, ClaimId, ErrorKind, FencingToken, Held, Locks, Loss, Mutex, Name, Owner, Query,
@@ -384,6 +384,37 @@ async fn a_block_of_tokens_is_the_same_at_both_places() {
 }
 
 #[tokio::test]
+async fn a_place_that_cannot_be_asked_again_leaves_nothing_at_either() {
+    for fails_at in [0, 1] {
+        let stores: [Arc<MemoryStore>; 2] = Default::default();
+        let [old, new] = [0, 1]
+            .map(|at: usize| Node::new(Arc::new(Yielding(stores[at].clone()))).named(["old", "new"][at]));
+        let ring = RingStore::new(vec![old.removing(), new.adding()]).unwrap();
+        let claim = |id: u8| Claim::new(Name::new("a").unwrap(), ClaimId::from_bytes([id; 16]), ms(60_000));
+        // A last token that is ahead of the old place's clock: a second round is needed.
+        let ahead = u64::try_from(clock::wall().as_micros()).unwrap() + 600_000_000;
+        let earlier = claim(1).with_ballot(FencingToken::new(ahead));
+        assert!(matches!(stores[1].acquire(&earlier).await, Ok(Acquired::Granted(_))));
+        stores[1].release(&Held::unanswered(&earlier)).await.unwrap();
+
+        let mine = claim(2);
+        let (answer, ()) = tokio::join!(ring.acquire(&mine), async {
+            // The first round is over at the new place; at the old one the second, where it is the new one that fails.
+            let (place, calls) = if fails_at == 0 { (1, 2) } else { (0, 2) };
+            while stores[place].calls(Verb::Acquire) < calls {
+                tokio::task::yield_now().await;
+            }
+            stores[fails_at].inject(Verb::Acquire, [Fault::Refuse]);
+        });
+        assert_eq!(answer.unwrap_err().kind(), ErrorKind::Unavailable);
+        for store in &stores {
+            let next = store.acquire(&claim(3)).await;
+            assert!(matches!(next, Ok(Acquired::Granted(_))), "place {fails_at} failed: {next:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn clocks_too_far_apart_are_an_error_and_leave_nothing() {
     let clocked = || RedisServer::builder().own_clock().start();
     let change = Change::over([clocked(), clocked(), clocked()]).await;
@@ -441,9 +472,22 @@ async fn a_lock_on_the_move_dropped_at_any_await_leaves_nothing() {
     let locks = Locks::over(Arc::new(ring)).unwrap();
     // Those who know one place only.
     let others = [old, new].map(|store| Locks::over(store.clone()).unwrap());
-    for busy in [None, Some(0), Some(1)] {
+    // From here on each place counts on from its last token.
+    let ahead = u64::try_from(clock::wall().as_micros()).unwrap() + 600_000_000;
+    let first = Claim::new(Name::new("a").unwrap(), ClaimId::from_bytes([1; 16]), ms(5000))
+        .with_ballot(FencingToken::new(ahead));
+    for store in [old, new] {
+        assert!(matches!(store.acquire(&first).await, Ok(Acquired::Granted(_))));
+        store.release(&Held::unanswered(&first)).await.unwrap();
+    }
+    for (busy, at_odds) in [(None, false), (None, true), (Some(0), false), (Some(1), false), (Some(1), true)]
+    {
         let mut ended = 0;
         for polls in 0..120 {
+            if at_odds {
+                // The new place's last token is the larger one: a second round is needed.
+                others[1].mutex("a").lock().await.unwrap().unlock().await.unwrap();
+            }
             let blocker = match busy {
                 Some(at) => Some(others[at].mutex("a").lock().await.unwrap()),
                 None => None,
