@@ -31,8 +31,8 @@ const GIVING_BACK: Duration = Duration::from_millis(100);
 ///
 /// **No deadlock among sets**, in whatever order their names were given: a set that waits holds only names that are smaller,
 /// byte for byte, than the one that it waits for. Who holds a lock already and then takes a set breaks that rule and may
-/// wait in a circle; give it an [`Owner`], and it is found. What a set keeps while it waits is renewed; what is lost
-/// meanwhile is taken anew.
+/// wait in a circle; give it an [`Owner`], and it is found, though not on a quorum, which has no line to see it by. What a
+/// set keeps while it waits is renewed; what is lost meanwhile is taken anew.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct MutexSet {

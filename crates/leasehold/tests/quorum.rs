@@ -5,10 +5,12 @@
 mod nodes;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use leasehold::store::Store;
 use leasehold::stores::memory::MemoryStore;
 use leasehold::stores::quorum::{NodeSource, QuorumStore};
+use leasehold::stores::sqlite::{Options, SqliteStore};
 use leasehold::{ErrorKind, Fencing, Query, Released, Severity, Status, clock};
 use leasehold_chaos::eventually;
 use leasehold_chaos::servers::RedisServer;
@@ -299,11 +301,8 @@ fn onlookers_are_told_who_has_a_majority_and_operators_how_each_node_is() {
 
 #[test]
 fn any_stores_can_be_nodes() {
-    let folder = tempfile::tempdir().unwrap();
     let server = RedisServer::start();
-    let sqlite = format!("sqlite:{}", folder.path().join("a.db").display());
-    let other = format!("sqlite:{}", folder.path().join("b.db").display());
-    let locks = connect(&url_of(&[server.url(), sqlite, other]));
+    let locks = connect(&url_of(&[server.url(), "memory:".into(), "ring:?node=memory:".into()]));
     let guard = block_on(locks.mutex("a").lock()).unwrap();
     assert!(block_on(locks.mutex("a").try_lock()).unwrap().is_none());
     let token = guard.fencing_token();
@@ -319,4 +318,46 @@ fn any_stores_can_be_nodes() {
     let locks = leasehold::Locks::over(store).unwrap();
     let guard = block_on(locks.mutex("a").lock()).unwrap();
     block_on(guard.unlock()).unwrap();
+}
+
+#[test]
+fn a_store_that_goes_by_the_life_of_the_process_is_no_node() {
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = |file: &str| format!("sqlite:{}", folder.path().join(file).display());
+    let memory = |number: usize| {
+        NodeSource::over(format!("memory:{number}"), Arc::new(MemoryStore::new()) as Arc<dyn Store>)
+    };
+    let file = folder.path().join("c.db");
+    let open = move || {
+        let store = SqliteStore::open(&file, &Options::default())?;
+        Ok(Arc::new(store) as Arc<dyn Store>)
+    };
+
+    // Known when connecting: an error that names it, even if a majority could do without.
+    let opened = open.clone();
+    let now = NodeSource::new("sqlite:c", move || Box::pin(std::future::ready(opened())));
+    let error = block_on(QuorumStore::connect(vec![memory(0), memory(1), now], runtime())).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.to_string().contains("sqlite:c"), "{error}");
+    let url = url_of(&["memory:".into(), sqlite("a.db"), sqlite("b.db")]);
+    let error = block_on(async { leasehold::connect(&url).await }).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+
+    // Not to be reached at first, and found to be one later: it never counts.
+    let tries = Arc::new(AtomicUsize::new(0));
+    let count = tries.clone();
+    let later = NodeSource::new("sqlite:c", move || {
+        let first = count.fetch_add(1, Ordering::SeqCst) == 0;
+        let unreachable = Err(leasehold::Error::new(ErrorKind::Unavailable, "not there yet"));
+        Box::pin(std::future::ready(if first { unreachable } else { open() }))
+    });
+    let store = block_on(QuorumStore::connect(vec![memory(0), memory(1), later], runtime())).unwrap();
+    eventually("it was opened", || tries.load(Ordering::SeqCst) == 2);
+    let locks = leasehold::Locks::over(store.clone()).unwrap();
+    let guard = block_on(locks.mutex("a").lock()).unwrap();
+    assert_eq!(store.set_aside(), [Arc::from("sqlite:c")]);
+    let refused = |finding: &leasehold::Finding| format!("{finding:?}").contains("life of the process");
+    eventually("doctor says why", || block_on(locks.diagnose()).iter().any(refused));
+    block_on(guard.unlock()).unwrap();
+    assert_eq!(tries.load(Ordering::SeqCst), 2, "it is not opened over and over");
 }

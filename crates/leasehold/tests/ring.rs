@@ -5,10 +5,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use leasehold::stores::memory::{MemoryStore, Verb};
+use leasehold::store::Store;
+use leasehold::stores::memory::{Fault, MemoryStore, Verb};
 use leasehold::stores::ring::{Node, RingStore};
 use leasehold::{
-    ErrorKind, FencingToken, Locks, Loss, Mutex, Name, Owner, Query, Released, Retry, Status, clock, connect,
+    Acquired, Claim, ClaimId, ErrorKind, FencingToken, Held, Locks, Loss, Mutex, Name, Owner, Query,
+    Released, Retry, Status, clock, connect,
 };
 use leasehold_chaos::servers::RedisServer;
 
@@ -62,10 +64,15 @@ impl Change {
         self.phases[phase].mutex(&self.names[0])
     }
 
-    /// The node that the names come from.
+    /// The node that the first name comes from.
     fn old(&self) -> &RedisServer {
+        self.home(&self.names[0])
+    }
+
+    /// The node that a name comes from.
+    fn home(&self, name: &String) -> &RedisServer {
         let [a, b] = [self.servers[0].url(), self.servers[1].url()];
-        let at_a = names_at(&[&a, &b], &a, 50).contains(&self.names[0]);
+        let at_a = names_at(&[&a, &b], &a, 50).contains(name);
         &self.servers[usize::from(!at_a)]
     }
 }
@@ -320,19 +327,114 @@ async fn tokens_grow_through_the_change_though_the_clocks_of_the_nodes_are_apart
 }
 
 #[tokio::test]
+async fn tokens_grow_through_the_change_though_last_ones_are_ahead_of_the_clocks() {
+    let change = Change::start().await;
+    let fence = |name: &str| format!("leasehold:{{{name}}}:fence:{name}");
+    let now = u64::try_from(clock::wall().as_micros()).unwrap();
+    // Waiting for either clock would not help: it is its last token that each goes by.
+    for (at, (old, new)) in [(13, 12), (12, 13), (13, 0), (0, 13), (1800, 1200)].into_iter().enumerate() {
+        let name = &change.names[at];
+        let home = change.home(name);
+        for (server, ahead) in [(home, old), (&change.servers[2], new)] {
+            server.cli(&["SET", &fence(name), &(now + ahead * 1_000_000).to_string()]);
+        }
+        let mut last = FencingToken::new(0);
+        for phase in [1, 2, 1, 1, 0, 1, 2] {
+            let guard = change.phases[phase].mutex(name).lock().await.unwrap();
+            let token = guard.fencing_token();
+            assert!(token > last, "setting {phase}, {old} and {new} s ahead: {token} after {last}");
+            last = token;
+            if phase == 1 {
+                let both = [home, &change.servers[2]].map(|server| server.cli(&["GET", &fence(name)]));
+                assert_eq!(both, [token.to_string(), token.to_string()], "each place has this very token");
+            }
+            assert_eq!(guard.unlock().await.unwrap(), Released::Released);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_block_of_tokens_is_the_same_at_both_places() {
+    let stores: [Arc<MemoryStore>; 2] = Default::default();
+    let claim = |id: u8| Claim::new(Name::new("a").unwrap(), ClaimId::from_bytes([id; 16]), ms(5000));
+    let granted = |answer: Result<Acquired, _>| match answer {
+        Ok(Acquired::Granted(grant)) => grant.token.get(),
+        other => panic!("{other:?}"),
+    };
+    // The last tokens lie within each other's blocks, a minute ahead of the clock.
+    let ahead = u64::try_from(clock::wall().as_micros()).unwrap() + 60_000_000;
+    for (store, last) in stores.iter().zip([ahead, ahead + 5]) {
+        let one = claim(1).with_ballot(FencingToken::new(last));
+        assert_eq!(granted(store.acquire(&one).await), last);
+        store.release(&Held::unanswered(&one)).await.unwrap();
+    }
+    let [old, new] = [0, 1].map(|at: usize| Node::new(stores[at].clone()).named(["old", "new"][at]));
+    let ring = RingStore::new(vec![old.removing(), new.adding()]).unwrap();
+    let block = claim(2).with_tokens(10);
+    let first = granted(ring.acquire(&block).await);
+    assert!(first > ahead + 5);
+    assert_eq!(granted(ring.acquire(&block).await), first, "the same when presented again");
+    ring.release(&Held::unanswered(&block)).await.unwrap();
+    for store in &stores {
+        assert!(
+            granted(store.acquire(&claim(3)).await) >= first + 10,
+            "a token of the block was given again"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_place_that_cannot_be_asked_again_leaves_nothing_at_either() {
+    for fails_at in [0, 1] {
+        let stores: [Arc<MemoryStore>; 2] = Default::default();
+        let [old, new] = [0, 1]
+            .map(|at: usize| Node::new(Arc::new(Yielding(stores[at].clone()))).named(["old", "new"][at]));
+        let ring = RingStore::new(vec![old.removing(), new.adding()]).unwrap();
+        let claim = |id: u8| Claim::new(Name::new("a").unwrap(), ClaimId::from_bytes([id; 16]), ms(60_000));
+        // A last token that is ahead of the old place's clock: a second round is needed.
+        let ahead = u64::try_from(clock::wall().as_micros()).unwrap() + 600_000_000;
+        let earlier = claim(1).with_ballot(FencingToken::new(ahead));
+        assert!(matches!(stores[1].acquire(&earlier).await, Ok(Acquired::Granted(_))));
+        stores[1].release(&Held::unanswered(&earlier)).await.unwrap();
+
+        let mine = claim(2);
+        let (answer, ()) = tokio::join!(ring.acquire(&mine), async {
+            // The first round is over at the new place; at the old one the second, where it is the new one that fails.
+            let (place, calls) = if fails_at == 0 { (1, 2) } else { (0, 2) };
+            while stores[place].calls(Verb::Acquire) < calls {
+                tokio::task::yield_now().await;
+            }
+            stores[fails_at].inject(Verb::Acquire, [Fault::Refuse]);
+        });
+        assert_eq!(answer.unwrap_err().kind(), ErrorKind::Unavailable);
+        for store in &stores {
+            let next = store.acquire(&claim(3)).await;
+            assert!(matches!(next, Ok(Acquired::Granted(_))), "place {fails_at} failed: {next:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn clocks_too_far_apart_are_an_error_and_leave_nothing() {
     let clocked = || RedisServer::builder().own_clock().start();
     let change = Change::over([clocked(), clocked(), clocked()]).await;
-    change.servers[2].set_clock_offset(3_600_000_000);
-    let refused = clock::timeout_at(clock::now().plus(ms(20_000)), change.mutex(1).lock()).await;
-    let error = refused.expect("it does not wait for the clock").unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Rejected);
-    assert!(
-        error.to_string().contains(&change.servers[2].url()) && error.to_string().contains("clocks"),
-        "{error}"
-    );
-    for phase in [0, 2] {
-        assert!(change.mutex(phase).try_lock().await.unwrap().is_some(), "free for setting {phase}");
+    for (at, old, new) in [(0, 0, 7_200_000_000), (1, 7_200_000_000, 0)] {
+        change.servers[0].set_clock_offset(old);
+        change.servers[1].set_clock_offset(old);
+        change.servers[2].set_clock_offset(new);
+        let name = &change.names[at];
+        let mutex = change.phases[1].mutex(name);
+        let refused = clock::timeout_at(clock::now().plus(ms(20_000)), mutex.lock()).await;
+        let error = refused.expect("it does not wait for the clock").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+        assert!(
+            error.to_string().contains(&change.servers[2].url()) && error.to_string().contains("clocks"),
+            "{error}"
+        );
+        for phase in [0, 2] {
+            let free = change.phases[phase].mutex(name).try_lock().await.unwrap();
+            assert!(free.is_some(), "free for setting {phase}");
+        }
     }
 }
 
@@ -370,9 +472,22 @@ async fn a_lock_on_the_move_dropped_at_any_await_leaves_nothing() {
     let locks = Locks::over(Arc::new(ring)).unwrap();
     // Those who know one place only.
     let others = [old, new].map(|store| Locks::over(store.clone()).unwrap());
-    for busy in [None, Some(0), Some(1)] {
+    // From here on each place counts on from its last token.
+    let ahead = u64::try_from(clock::wall().as_micros()).unwrap() + 600_000_000;
+    let first = Claim::new(Name::new("a").unwrap(), ClaimId::from_bytes([1; 16]), ms(5000))
+        .with_ballot(FencingToken::new(ahead));
+    for store in [old, new] {
+        assert!(matches!(store.acquire(&first).await, Ok(Acquired::Granted(_))));
+        store.release(&Held::unanswered(&first)).await.unwrap();
+    }
+    for (busy, at_odds) in [(None, false), (None, true), (Some(0), false), (Some(1), false), (Some(1), true)]
+    {
         let mut ended = 0;
         for polls in 0..120 {
+            if at_odds {
+                // The new place's last token is the larger one: a second round is needed.
+                others[1].mutex("a").lock().await.unwrap().unlock().await.unwrap();
+            }
             let blocker = match busy {
                 Some(at) => Some(others[at].mutex("a").lock().await.unwrap()),
                 None => None,

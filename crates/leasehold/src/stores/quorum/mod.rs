@@ -91,7 +91,8 @@ impl QuorumStore {
     ///
     /// # Errors
     /// `Invalid` for fewer than three nodes, or the same location twice; `Unavailable` if no majority could be opened, saying
-    /// what became of each.
+    /// what became of each; `Unsupported` for a node whose locks end with the process ([`Store::lifeline`]). One that is found to
+    /// be such a store only later, when it can be opened, is set aside for good and counts for nothing.
     pub async fn connect(nodes: Vec<NodeSource>, runtime: Handle) -> Result<Arc<Self>> {
         if nodes.len() < LEAST_NODES {
             let what = format!("a quorum of {} nodes outlives the failure of none", nodes.len());
@@ -168,7 +169,12 @@ impl Shared {
                     failures[index] = "open".into();
                     open += 1;
                 }
-                Err(error) => failures[index] = error.to_string(),
+                Err(error) => {
+                    if self.nodes[index].refused().is_some() {
+                        return Err(error);
+                    }
+                    failures[index] = error.to_string();
+                }
             }
             if open >= self.majority {
                 deadline = deadline.min(clock::now().plus(self.timeout));

@@ -61,6 +61,8 @@ pub(super) struct Node {
     source: NodeSource,
     runtime: Handle,
     store: OnceLock<Arc<dyn Store>>,
+    /// Why it can never be a node.
+    refused: OnceLock<Error>,
     opening: tokio::sync::Mutex<()>,
     in_service: AtomicBool,
     state: Mutex<State>,
@@ -91,6 +93,7 @@ impl Node {
             source,
             runtime,
             store: OnceLock::new(),
+            refused: OnceLock::new(),
             opening: tokio::sync::Mutex::new(()),
             in_service: AtomicBool::new(true),
             state: Mutex::default(),
@@ -127,7 +130,13 @@ impl Node {
         self.state().backlog.len()
     }
 
-    /// Its store, opened if need be. Calls that come meanwhile share the attempt.
+    /// Why it can never be a node, once that is known.
+    pub(super) fn refused(&self) -> Option<&Error> {
+        self.refused.get()
+    }
+
+    /// Its store, opened if need be. Calls that come meanwhile share the attempt. A store that goes by the life of the process
+    /// is refused for good: a killed runner would free its majority before its command is dead.
     pub(super) async fn store(self: &Arc<Self>) -> Result<Arc<dyn Store>> {
         if let Some(store) = self.store.get() {
             return Ok(store.clone());
@@ -136,7 +145,17 @@ impl Node {
         if let Some(store) = self.store.get() {
             return Ok(store.clone());
         }
+        if let Some(error) = self.refused() {
+            return Err(error.clone());
+        }
         let store = (self.source.open)().await?;
+        if store.lifeline().is_some() {
+            let what = "a store that goes by the life of the process cannot be a node of a quorum";
+            let error = Error::new(ErrorKind::Unsupported, what)
+                .on_store(self.location())
+                .advise("use independent servers, or sqlite: without quorum:");
+            return Err(self.refused.get_or_init(|| error).clone());
+        }
         let _ = self.store.set(store.clone());
         self.listen(&store);
         Ok(store)

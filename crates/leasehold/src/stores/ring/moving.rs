@@ -4,8 +4,8 @@
 //! old one; those who know both, and those who know the new places only, at the new one. A claim that has the old place
 //! and finds the new one taken waits in line there, and renews the old one meanwhile.
 //!
-//! The token is the larger of the two. Before the lock is handed out, the place whose token was smaller is given the time
-//! to come to it by its clock: whoever is granted the lock there next, knowing that place only, gets a larger one.
+//! The token is the same at both: each place is proposed the other's until they agree, and stores it as its last one. So it is
+//! larger than all that either gave before, and whoever is granted the lock next, knowing one place only, gets a larger one.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,8 +21,9 @@ use crate::types::{
 
 use super::merge;
 
-/// How far the clocks of two nodes may be apart, at most: for so long a lock may have to be waited for, though it is free.
-const MOST_APART: Duration = Duration::from_secs(5);
+/// How often both places are asked so that they agree on a token: once if the old one's is larger than the new one's last,
+/// else twice; once more for a lease that ended and was granted anew meanwhile.
+const ROUNDS: u32 = 3;
 /// From a renewal of the old place that failed to the next.
 const TRY_AGAIN: Duration = Duration::from_millis(200);
 /// For how long after its lease a lock is remembered that was neither released nor lost.
@@ -79,8 +80,8 @@ struct Entry {
 #[derive(Clone, Debug, Default)]
 struct Leg {
     session: u64,
-    /// The token there, and when it was seen first.
-    granted: Option<(FencingToken, Instant)>,
+    /// The token there.
+    granted: Option<FencingToken>,
     is_waiting: bool,
     /// Whether it was ever presented there.
     is_sent: bool,
@@ -94,10 +95,7 @@ impl Leg {
         match answer {
             Ok(Acquired::Granted(grant)) => {
                 self.session = grant.session;
-                if self.granted.is_none_or(|(token, _)| token != grant.token) {
-                    self.granted = Some((grant.token, clock::now()));
-                }
-                self.is_waiting = false;
+                (self.granted, self.is_waiting) = (Some(grant.token), false);
             }
             Ok(Acquired::Queued(ticket)) => {
                 self.session = ticket.session;
@@ -116,7 +114,7 @@ impl Leg {
     fn held(&self, held: &Held, queues: bool) -> Held {
         let suspect = held.suspect || self.is_unanswered;
         Held {
-            token: self.granted.map(|(token, _)| token),
+            token: self.granted,
             session: self.session,
             suspect,
             waiting: held.waiting || self.is_waiting || suspect && queues,
@@ -220,16 +218,44 @@ impl Moving {
         }
     }
 
-    /// Presents a claim at both places, the old one first.
+    /// Presents a claim at both places, the old one first, until both have it with the same token.
     pub(super) async fn acquire(&self, pair: Pair<'_>, claim: &Claim) -> Result<Acquired> {
         self.note(claim);
-        let first = match self.present(pair, Side::Old, claim).await {
-            Ok(Acquired::Granted(grant)) => grant,
-            other => return self.not_there(pair, claim, other).await,
-        };
-        let was_in_line = self.with(claim.id, |entry| entry.new.is_waiting).unwrap_or_default();
-        match self.present(pair, Side::New, claim).await {
-            Ok(Acquired::Granted(second)) => self.hand_out(pair, claim, first, second).await,
+        let mut proposal = claim.clone();
+        let mut tokens = (FencingToken::new(0), FencingToken::new(0));
+        for round in 0..ROUNDS {
+            let first = match self.present(pair, Side::Old, &proposal).await {
+                Ok(Acquired::Granted(grant)) => grant,
+                Err(error) if round > 0 => return Err(self.withdraw(pair, claim, error).await?),
+                other => return self.not_there(pair, claim, other).await,
+            };
+            let was_in_line = self.with(claim.id, |entry| entry.new.is_waiting).unwrap_or_default();
+            let agreeing = claim.clone().with_ballot(first.token);
+            let second = match self.present(pair, Side::New, &agreeing).await {
+                Ok(Acquired::Granted(grant)) => grant,
+                Err(error) if round > 0 => return Err(self.withdraw(pair, claim, error).await?),
+                other => return self.not_yet(pair, claim, other, was_in_line).await,
+            };
+            if first.token == second.token {
+                return Ok(self.hand_out(claim, first, second));
+            }
+            tokens = (first.token, second.token);
+            // Beyond all that either has given this claim.
+            let next = first.token.max(second.token).get().saturating_add(u64::from(claim.tokens.max(1)));
+            proposal = claim.clone().with_ballot(FencingToken::new(next));
+        }
+        Err(self.withdraw(pair, claim, too_far_apart(pair, claim, tokens)).await?)
+    }
+
+    /// The old place is held, and the new one was not granted.
+    async fn not_yet(
+        &self,
+        pair: Pair<'_>,
+        claim: &Claim,
+        answer: Result<Acquired>,
+        was_in_line: bool,
+    ) -> Result<Acquired> {
+        match answer {
             Ok(Acquired::Queued(ticket)) => {
                 self.with(claim.id, |entry| {
                     entry.waits = Side::New;
@@ -237,17 +263,22 @@ impl Moving {
                 });
                 Ok(Acquired::Queued(ticket))
             }
-            Ok(Acquired::Busy(holder)) => {
-                self.back_out(pair, Side::Old, claim).await?;
-                Ok(Acquired::Busy(holder))
-            }
             // The caller presents it again, or releases it at both.
             Err(error) if error.kind() == ErrorKind::Unknown || was_in_line => Err(error),
-            Err(error) => {
+            other => {
                 self.back_out(pair, Side::Old, claim).await?;
-                Err(error)
+                other
             }
         }
+    }
+
+    /// What both places granted is given back for this reason, unless it is the caller who is to present again or release.
+    async fn withdraw(&self, pair: Pair<'_>, claim: &Claim, why: Error) -> Result<Error> {
+        if why.kind() != ErrorKind::Unknown {
+            self.back_out(pair, Side::New, claim).await?;
+            self.back_out(pair, Side::Old, claim).await?;
+        }
+        Ok(why)
     }
 
     async fn present(&self, pair: Pair<'_>, side: Side, claim: &Claim) -> Result<Acquired> {
@@ -307,32 +338,11 @@ impl Moving {
         Ok(())
     }
 
-    /// The lock is held at both places: one grant, when its token is larger than any before and smaller than any after.
-    async fn hand_out(&self, pair: Pair<'_>, claim: &Claim, first: Grant, second: Grant) -> Result<Acquired> {
-        let token = first.token.max(second.token);
-        let (now, tokens) = (clock::now(), u64::from(claim.tokens.max(1)));
-        let behind = |leg: &Leg| {
-            let (own, seen) = leg.granted?;
-            let micros = token.get().checked_sub(own.get()).filter(|micros| *micros > 0)?;
-            Some(Duration::from_micros(micros.saturating_add(tokens)).saturating_sub(now.since(seen)))
-        };
-        let wait = self.with(claim.id, |entry| {
-            let is_known = entry.token == Some(token);
-            let wait = [&entry.old, &entry.new].into_iter().filter_map(behind).max();
-            wait.filter(|_| !is_known).unwrap_or_default()
-        });
-        let wait = wait.unwrap_or_default();
-        if wait > MOST_APART.min(claim.ttl / 3) {
-            self.back_out(pair, Side::New, claim).await?;
-            self.back_out(pair, Side::Old, claim).await?;
-            return Err(too_far_apart(pair, claim, wait));
-        }
-        if !wait.is_zero() {
-            clock::sleep(wait).await;
-        }
+    /// The lock is held at both places with one token: one grant.
+    fn hand_out(&self, claim: &Claim, first: Grant, second: Grant) -> Acquired {
         let until = clock::now().plus(claim.ttl).plus(REMEMBERED);
-        self.with(claim.id, |entry| (entry.token, entry.until) = (Some(token), Some(until)));
-        Ok(Acquired::Granted(Grant { token, ttl: first.ttl.min(second.ttl), session: 0 }))
+        self.with(claim.id, |entry| (entry.token, entry.until) = (Some(first.token), Some(until)));
+        Acquired::Granted(Grant { token: first.token, ttl: first.ttl.min(second.ttl), session: 0 })
     }
 
     /// Waits where the claim stands in line.
@@ -431,7 +441,7 @@ impl Moving {
     }
 }
 
-/// Corrects the token of a holder that was seen at one place: it was given the largest.
+/// Corrects the token of a holder that was seen at one place, while the two were not agreed yet: it is given the largest.
 pub(super) async fn correct(places: &[&dyn Store], name: &Name, holder: &mut Holder) {
     for place in places {
         let seen = place.inspect(&Query::One(name.clone())).await;
@@ -442,12 +452,13 @@ pub(super) async fn correct(places: &[&dyn Store], name: &Name, holder: &mut Hol
     }
 }
 
-fn too_far_apart(pair: Pair<'_>, claim: &Claim, wait: Duration) -> Error {
+fn too_far_apart(pair: Pair<'_>, claim: &Claim, tokens: (FencingToken, FencingToken)) -> Error {
     let (old, new) = (pair.old.location(), pair.new.location());
-    Error::new(
-        ErrorKind::Rejected,
-        format!("the tokens of {old} and {new} are {wait:?} apart, and the lock moves from one to the other"),
+    let what = format!(
+        "{old} and {new} cannot agree on a token ({} and {}), and the lock moves from one to the other",
+        tokens.0, tokens.1
+    );
+    Error::new(ErrorKind::Rejected, what).for_name(&claim.name).advise(
+        "set the clocks of the two servers alike: a store takes no token that is more than an hour ahead of its clock",
     )
-    .for_name(&claim.name)
-    .advise("set the clocks of the two servers alike; with a TTL of under 15 s a third of it is allowed, else 5 s")
 }
