@@ -426,7 +426,7 @@ fn rights<'a>(page: &'a str, beginning: &str) -> &'a str {
 fn the_rights_in_the_docs_suffice() {
     let servers = rights(include_str!("../../../docs/redis.md"), "ACL SETUSER locks on >PASSWORD ~lock:*");
     let sentinels = rights(include_str!("../../../docs/sentinel.md"), "ACL SETUSER watch on >PASSWORD");
-    let user = format!("locks on >hunter2 ~lock:* {servers} +role +wait +waitaof");
+    let user = format!("locks on >hunter2 ~lock:* {servers} +role +wait");
     let words = ["--user".to_owned()].into_iter().chain(user.split_whitespace().map(str::to_owned));
     let mut deployment =
         Layout::default().args(words).sentinel_user(&format!("watch on >hunter3 {sentinels}")).start();

@@ -53,9 +53,13 @@ fn sentinels_that_may_not_tell_their_epochs_have_a_frozen_master_left_all_the_sa
     let (old, before) = (deployment.master(), guard.valid_until());
     deployment.servers[old].pause();
     let (new, _) = deployment.promoted(old);
+    let began = clock::now();
     eventually("it is confirmed by the new master", || {
         guard.valid_until() > before && guard.status() == Status::Held
     });
+    let took = clock::now().since(began);
+    println!("confirmed after {took:?}");
+    assert!(took < ms(8_000), "by what one sentinel says, and not by the majority alone: {took:?}");
     assert!(locks_at(&locks, &deployment.servers[new]));
     deployment.servers[old].resume();
     block_on(guard.unlock()).unwrap();
