@@ -190,6 +190,24 @@ fn who_does_not_ask_pays_nothing() {
 }
 
 #[test]
+fn many_who_wait_at_once_share_a_few_connections() {
+    let (_server, proxy, locks) = linked_to(RedisServer::start(), "?timeout=20s");
+    let waiting: Vec<_> = (0..40)
+        .map(|n| {
+            let mutex = locks.mutex(format!("n{n}")).ttl(ms(60_000)).replicas(1, ms(200));
+            thread::spawn(move || lock(&mutex))
+        })
+        .collect();
+    for guard in waiting {
+        let guard = guard.join().unwrap();
+        assert_eq!((guard.replicas(), block_on(guard.unlock()).unwrap()), (Some(0), Released::Released));
+    }
+    assert_eq!(proxy.count(waits), 40, "each had its turn");
+    let dialled = proxy.accepted() - 1;
+    assert!((2..=16).contains(&dialled), "{dialled} connections");
+}
+
+#[test]
 fn what_a_store_cannot_do_it_refuses_and_gives_the_lock_back() {
     let memory = Locks::over(Arc::new(MemoryStore::new())).unwrap();
     let folder = tempfile::tempdir().unwrap();

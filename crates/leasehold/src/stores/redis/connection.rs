@@ -19,9 +19,10 @@ use tokio::sync::{Notify, watch};
 
 use super::combine::{Counter, Job, Patience, Unanswered, command, only};
 use super::config::{Address, RedisConfig};
+use super::hub::Hub;
 use super::reply::{self, Refusal};
 use super::script::By;
-use super::sentinel::{self, Named, Sentinels};
+use super::sentinel::{self, Host, Named, Opinion, Sentinels};
 use super::waiting::Waiting;
 use crate::clock::{self, Instant};
 use crate::error::{Error, ErrorKind, Result};
@@ -78,6 +79,13 @@ impl Link {
         .await
     }
 
+    /// How sentinels named the server it leads to.
+    fn named(&self) -> Option<Named> {
+        let Address::Tcp { host, port, .. } = &self.address else { return None };
+        let host = Host { name: host.clone(), port: *port };
+        Some(Named { epoch: self.epoch.load(Ordering::Relaxed), host })
+    }
+
     /// Whether the server speaks the protocol that messages need.
     pub(super) fn can_push(&self) -> bool {
         self.can_push
@@ -108,36 +116,6 @@ enum Slot {
     Up(Arc<Link>),
 }
 
-/// What the connections of one store share: those to one server, or to all nodes of a cluster.
-#[derive(Debug, Default)]
-pub(super) struct Hub {
-    generations: AtomicU64,
-    /// Rung when a connection broke, and when there is a new one in its place.
-    disturbed: Notify,
-    /// The same, and when a node did not answer as it should: for who keeps the map of a cluster.
-    pub(super) stale: Notify,
-    /// Whether the servers are nodes of a cluster: a command then has the keys of one slot only.
-    pub(super) is_cluster: bool,
-}
-
-impl Hub {
-    /// For the nodes of a cluster.
-    pub(super) fn of_cluster() -> Self {
-        Self { is_cluster: true, ..Self::default() }
-    }
-
-    /// Has everything that is held confirmed at once.
-    pub(super) fn disturb(&self) {
-        self.disturbed.notify_one();
-        self.stale.notify_one();
-    }
-
-    /// Resolves when a connection broke, or was replaced, or slots moved.
-    pub(super) async fn disturbed(&self) {
-        self.disturbed.notified().await;
-    }
-}
-
 /// Makes connections on a runtime of its own, whatever executor the callers are on.
 #[derive(Debug)]
 pub(super) struct Connector {
@@ -151,8 +129,8 @@ pub(super) struct Connector {
     waiting: Arc<Waiting>,
     /// Where the newest connection leads.
     master: watch::Sender<Option<Address>>,
-    /// What the sentinel that is listened to said last.
-    named: Mutex<Option<Named>>,
+    /// What was made of all that sentinels said.
+    opinion: Mutex<Opinion>,
     pub(super) hub: Arc<Hub>,
 }
 
@@ -172,7 +150,7 @@ impl Connector {
             was_up: AtomicBool::new(false),
             waiting,
             master: watch::Sender::new(None),
-            named: Mutex::default(),
+            opinion: Mutex::default(),
             hub,
         })
     }
@@ -198,15 +176,19 @@ impl Connector {
 
     /// Which connection there is, if nobody found it broken.
     pub(super) fn generation(&self) -> Option<u64> {
-        match &*self.slot() {
-            Slot::Up(link) if link.is_open() => Some(link.generation),
-            Slot::Up(_) | Slot::Down | Slot::Dialling(_) => None,
-        }
+        self.current().map(|link| link.generation)
     }
 
     /// Whether there is a connection that nobody found broken.
     pub(super) fn is_up(&self) -> bool {
-        self.generation().is_some()
+        self.current().is_some()
+    }
+
+    fn current(&self) -> Option<Arc<Link>> {
+        match &*self.slot() {
+            Slot::Up(link) if link.is_open() => Some(link.clone()),
+            Slot::Up(_) | Slot::Dialling(_) | Slot::Down => None,
+        }
     }
 
     /// The sentinels that are asked where the server is, if there are any.
@@ -591,39 +573,49 @@ impl Connector {
             given_up.notify_waiters();
         }
         self.waiting.disconnected(link.generation);
+        // Others hold locks too, and may not be due for a renewal for long.
+        self.hub.disturb();
     }
 
-    /// What the sentinel that is listened to said last.
+    pub(super) fn opinion(&self) -> MutexGuard<'_, Opinion> {
+        self.opinion.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The latest master that a sentinel named.
     pub(super) fn named(&self) -> Option<Named> {
-        self.named.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.opinion().named().cloned()
     }
 
-    /// A sentinel says that this is the master. A connection to another server, which was named in an earlier epoch, is given
-    /// up; then, and if it is news, the master is dialled at once, so that what is held or waited for is confirmed there.
-    pub(super) fn master_is(self: &Arc<Self>, named: &Named) {
+    /// A sentinel says that this is the master; `renames` if the same one called another so a moment ago. A connection to
+    /// another server, which was named in an earlier epoch, is given up.
+    pub(super) fn master_is(self: &Arc<Self>, named: &Named, renames: bool) {
+        let Some(is_news) = self.opinion().hear(named) else { return };
+        // Without epochs the word of that one sentinel must do. Of one epoch, it is the same server by another name.
+        self.lead_to(named, is_news, |epoch| epoch < named.epoch || (epoch == 0 && renames));
+    }
+
+    /// So say all sentinels that answered, out of so many.
+    pub(super) fn masters_are(self: &Arc<Self>, answers: &[Named], sentinels: usize) {
+        let used = self.current().and_then(|link| link.named());
+        let right = self.opinion().weigh(answers, sentinels, used.as_ref(), clock::now());
+        if let Some(named) = right {
+            self.lead_to(&named, false, |_| true);
+        }
+    }
+
+    /// Gives up a connection to another server, if its epoch `is_stale`; then, and if it is news, the master is dialled at
+    /// once, so that what is held or waited for is confirmed there.
+    fn lead_to(self: &Arc<Self>, named: &Named, is_news: bool, is_stale: impl Fn(u64) -> bool) {
         let Some(address) = self.sentinels().map(|sentinels| sentinels.address_of(&named.host)) else {
             return;
         };
-        let before = {
-            let mut latest = self.named.lock().unwrap_or_else(PoisonError::into_inner);
-            latest.replace(named.clone())
-        };
-        let is_news = before.is_some_and(|before| before != *named);
-        let stale = match &*self.slot() {
-            Slot::Up(link) if link.is_open() => {
-                // Of one epoch, it is the same server by another name.
-                let is_older = link.epoch.load(Ordering::Relaxed) < named.epoch;
-                if link.address == address || !is_older {
-                    return;
-                }
-                Some(link.clone())
-            }
-            Slot::Up(_) | Slot::Dialling(_) | Slot::Down => None,
-        };
+        let stale = self.current();
         if let Some(link) = &stale {
+            if link.address == address || !is_stale(link.epoch.load(Ordering::Relaxed)) {
+                return;
+            }
             tracing::info!(store = %self.location, master = %named.host, "another server is the master now");
             self.give_up(link);
-            self.hub.disturb();
         }
         if stale.is_some() || is_news {
             let this = self.clone();

@@ -9,6 +9,7 @@ mod config;
 mod connection;
 mod diagnose;
 mod fence;
+mod hub;
 mod keys;
 mod lately;
 mod listing;
@@ -44,7 +45,8 @@ use crate::types::{
     Released, Renewal, Replication, Ticket,
 };
 use combine::{Job, Patience, Verb};
-use connection::{Connector, Hub, Link};
+use connection::{Connector, Link};
+use hub::Hub;
 use keys::{Keys, Keyspace, owner};
 use lately::Lately;
 use replicas::Aside;

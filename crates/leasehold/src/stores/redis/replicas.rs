@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use redis::{Cmd, Pipeline, RedisWrite, Value};
+use tokio::sync::Semaphore;
 
 use super::connection::Link;
 use super::keys::owner;
@@ -17,14 +18,25 @@ use crate::types::{Held, Replication};
 
 /// Connections that are kept for the next who wait.
 const MOST_IDLE: usize = 8;
+/// Who wait at a time, each on a connection: servers have a limit of those, and a thousand at once would reach it.
+const MOST_WAITING: usize = 16;
 
 /// Connections on which nobody waits just now. All lead to where the store's own connection of that generation does.
-#[derive(Debug, Default)]
-pub(super) struct Aside(Mutex<(u64, Vec<Arc<Link>>)>);
+#[derive(Debug)]
+pub(super) struct Aside {
+    idle: Mutex<(u64, Vec<Arc<Link>>)>,
+    turns: Semaphore,
+}
+
+impl Default for Aside {
+    fn default() -> Self {
+        Self { idle: Mutex::default(), turns: Semaphore::new(MOST_WAITING) }
+    }
+}
 
 impl Aside {
     fn take(&self, generation: u64) -> Option<Arc<Link>> {
-        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.0 != generation {
             *idle = (generation, Vec::new());
         }
@@ -33,7 +45,7 @@ impl Aside {
     }
 
     fn put(&self, generation: u64, link: Arc<Link>) {
-        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.0 == generation && idle.1.len() < MOST_IDLE {
             idle.1.push(link);
         }
@@ -49,8 +61,12 @@ impl RedisStore {
             ));
         }
         let calls = self.replicate_calls(held, wish)?;
-        // Nor may the dials outlast the lease.
+        // Nor may the turn before and the dials outlast the lease.
         let dialled_by = self.deadline(held.extend);
+        let Some(_turn) = clock::timeout_at(dialled_by, self.aside.turns.acquire()).await else {
+            let what = format!("{MOST_WAITING} others wait for replicas, and none was done in time");
+            return Err(Error::new(ErrorKind::Unavailable, what));
+        };
         let main = self.connector.link(dialled_by).await?;
         let link = match self.aside.take(main.generation) {
             Some(link) => link,

@@ -2,6 +2,8 @@
 
 mod address;
 mod findings;
+mod opinion;
+mod survey;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -19,6 +21,7 @@ use tokio::task::JoinSet;
 pub(super) use address::{Host, SENTINEL_FORM, Sentinels};
 pub use address::{SENTINEL_PASSWORD_VARIABLE, SENTINEL_USERNAME_VARIABLE};
 pub(super) use findings::look_over;
+pub(super) use opinion::{Named, Opinion};
 
 use super::config::{Address, RedisConfig};
 use super::connection::{Connector, Link};
@@ -43,13 +46,6 @@ impl Sentinels {
     pub(super) fn address_of(&self, host: &Host) -> Address {
         Address::Tcp { host: host.name.clone(), port: host.port, tls: self.tls }
     }
-}
-
-/// A master, and the epoch of the failover that made it so: of two answers that differ, that of the later one is right.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Named {
-    pub(super) epoch: u64,
-    pub(super) host: Host,
 }
 
 /// What came out of a part of a dial.
@@ -124,6 +120,11 @@ impl Dial<'_> {
     }
 
     fn try_server(&mut self, named: &Named) {
+        if !self.connector.opinion().allows(named) {
+            let outvoted = Error::new(ErrorKind::Unavailable, "most sentinels name another");
+            self.servers.entry(named.host.clone()).or_insert((named.epoch, Some(outvoted)));
+            return;
+        }
         self.epoch = self.epoch.max(named.epoch);
         let is_under_way = matches!(self.servers.get(&named.host), Some((_, None)));
         if named.epoch < self.epoch || is_under_way {
@@ -338,9 +339,10 @@ fn read_host(answer: &Value) -> Option<Host> {
     Some(Host { name: reply::text(name)?, port: reply::text(port)?.parse().ok()? })
 }
 
-/// Has the sentinels listened to for as long as there is a connector.
+/// Has the sentinels listened to, and all of them asked, for as long as there is a connector.
 pub(super) fn attend(connector: &Arc<Connector>) {
     connector.runtime().spawn(listen(Arc::downgrade(connector)));
+    connector.runtime().spawn(survey::survey(Arc::downgrade(connector)));
 }
 
 /// Listens to one sentinel after the other, to each as long as it answers.
@@ -364,14 +366,14 @@ async fn listen(connector: Weak<Connector>) {
 /// Listens to one sentinel until it does not answer; true if it did at first.
 async fn follow(connector: &Weak<Connector>, number: usize) -> bool {
     let (sender, mut events) = mpsc::unbounded_channel();
-    let mut has_answered = false;
+    let mut before: Option<Host> = None;
     let Some(mut connection) = subscribe(connector, number, sender.clone()).await else { return false };
     loop {
         let Some(alive) = connector.upgrade() else { return true };
         let deadline = clock::now().plus(alive.timeout() / 2);
-        let Ok(named) = master(&alive, &mut connection, deadline).await else { return has_answered };
-        alive.master_is(&named);
-        has_answered = true;
+        let Ok(named) = master(&alive, &mut connection, deadline).await else { return before.is_some() };
+        let renames = before.replace(named.host.clone()).is_some_and(|before| before != named.host);
+        alive.master_is(&named, renames);
         drop(alive);
         let event = clock::timeout_at(clock::now().plus(CHECK_EVERY), next_event(&mut events)).await;
         if event == Some(Event::Ended) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use redis::Value;
 use tokio::runtime::Handle;
 
-use super::super::connection::Hub;
+use super::super::hub::Hub;
 use super::super::reply;
 use super::super::{RedisStore, refresh};
 use super::ClusterConfig;
