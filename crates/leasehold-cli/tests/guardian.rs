@@ -14,6 +14,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{LEASEHOLD, Place};
 use rustix::net::{
@@ -82,6 +83,13 @@ impl Drop for ByHand {
 }
 
 /// A queue of messages must be there before the guardian looks: it is stopped while they are written.
+/// The tests of this file run one by one: a process that is being started elsewhere has a copy of every descriptor for a
+/// moment, and so of a pipe's end that is meant to be closed.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn said_at_once(guardian: &ByHand, messages: &[[u64; 5]]) {
     let pid = guardian.stop();
     guardian.hand_over_stdin();
@@ -93,6 +101,7 @@ fn said_at_once(guardian: &ByHand, messages: &[[u64; 5]]) {
 
 #[test]
 fn a_command_is_not_started_once_the_lock_cannot_be_trusted() {
+    let _alone = alone();
     for on_lost in ["15", "kill", "ignore"] {
         let place = Place::new();
         let mut late = ByHand::new(&place, on_lost, 1, &["touch", "ran"]);
@@ -105,6 +114,7 @@ fn a_command_is_not_started_once_the_lock_cannot_be_trusted() {
 
 #[test]
 fn a_command_is_not_started_for_a_runner_that_is_gone() {
+    let _alone = alone();
     let place = Place::new();
     // Nobody would stop it.
     let mut orphan = ByHand::new(&place, "ignore", u64::MAX, &["touch", "ran"]);
@@ -118,6 +128,7 @@ fn a_command_is_not_started_for_a_runner_that_is_gone() {
 
 #[test]
 fn a_renewal_that_came_meanwhile_counts() {
+    let _alone = alone();
     let place = Place::new();
     let mut renewed = ByHand::new(&place, "15", 1, &["touch", "ran"]);
     said_at_once(&renewed, &[[DEADLINE, u64::MAX, 0, 0, 0]]);
@@ -129,6 +140,7 @@ fn a_renewal_that_came_meanwhile_counts() {
 
 #[test]
 fn an_interrupt_from_the_terminal_before_the_start_reaches_the_command() {
+    let _alone = alone();
     let place = Place::new();
     let interrupted = ByHand::new(&place, "15", u64::MAX, &["sleep", "100"]);
     said_at_once(&interrupted, &[[SIGNAL, 2, 1, 0, 0]]);
@@ -138,6 +150,7 @@ fn an_interrupt_from_the_terminal_before_the_start_reaches_the_command() {
 
 #[test]
 fn the_process_that_becomes_the_command_looks_at_the_time_itself() {
+    let _alone = alone();
     let place = Place::new();
     let mut late = Command::new(LEASEHOLD);
     late.arg0("leasehold-start").arg(std::process::id().to_string());
