@@ -91,10 +91,13 @@ impl Error {
         self
     }
 
-    /// The cause, if it is of this type.
-    #[allow(dead_code, reason = "not every store asks for it")]
-    pub(crate) fn cause<T: StdError + 'static>(&self) -> Option<&T> {
-        self.0.source.as_deref()?.downcast_ref()
+    /// What the store's client or the operating system said, where that is the reason. `Display` tells it too, and so
+    /// [`source`](StdError::source) begins behind it.
+    pub fn cause(&self) -> Option<&(dyn StdError + 'static)> {
+        match self.0.source.as_deref() {
+            Some(cause) => Some(cause),
+            None => None,
+        }
     }
 
     /// What kind of thing went wrong.

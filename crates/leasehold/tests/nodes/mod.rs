@@ -1,5 +1,5 @@
 //! What the tests of the quorum share: servers, a link to each that can be made to fail, and a judge of who held when.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test program uses its part")]
+#![allow(unreachable_pub, clippy::unwrap_used, reason = "each test program uses its part")]
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -36,11 +36,6 @@ impl Nodes {
     /// The quorum by way of the links.
     pub fn url(&self) -> String {
         url_of(&self.links.iter().map(Proxy::url).collect::<Vec<_>>())
-    }
-
-    /// The quorum by way of other links to the same servers, as another machine has them.
-    pub fn other_links(&self) -> Vec<Proxy> {
-        self.servers.iter().map(|server| Proxy::start(server.port())).collect()
     }
 
     pub fn connect(&self) -> Locks {

@@ -159,7 +159,7 @@ pub(super) enum Redirect {
 impl Redirect {
     /// What `error`, an answer of the node at `asked`, says; nothing if it is about something else.
     pub(super) fn of(error: &Error, asked: &Endpoint) -> Option<Self> {
-        let Refusal { code, detail } = error.cause::<Refusal>()?;
+        let Refusal { code, detail } = error.cause()?.downcast_ref::<Refusal>()?;
         match code.as_str() {
             "MOVED" => {
                 let (slot, to) = detail.split_once(' ')?;
