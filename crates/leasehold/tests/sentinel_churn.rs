@@ -1,4 +1,4 @@
-//! One lock, wanted by many all the time, while its master is killed, frozen or replaced again and again: twice, or as
+//! One lock, wanted by many all the time, while its master is killed, frozen or replaced again and again: three times, or as
 //! often as `LEASEHOLD_TEST_FAILOVERS` says.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -20,9 +20,8 @@ const NAME: &str = "churn";
 /// How long after a promotion an old holder may not know yet that its lock is lost. (Nothing can be promised before: the lock may
 /// have died with the master.)
 const TOLD_WITHIN: u64 = 2_000_000_000;
-/// How soon after a promotion the lock is had by somebody, at the latest: nothing that a failover leaves there outlives its
-/// lease. It is mostly some milliseconds, which is printed.
-const SERVES_WITHIN: u64 = 12_000_000_000;
+/// How soon after a promotion a lock can be had.
+const SERVES_WITHIN: u64 = 1_000_000_000;
 /// Longer than any wait may last.
 const LONGEST_WAIT: u64 = 20_000;
 
@@ -134,7 +133,7 @@ fn judge(holds: &mut [Hold], windows: &[Window]) {
 
 #[test]
 fn failover_after_failover_tokens_grow_and_nobody_waits_for_ever() {
-    let rounds = std::env::var("LEASEHOLD_TEST_FAILOVERS").map_or(2, |text| text.parse().unwrap());
+    let rounds = std::env::var("LEASEHOLD_TEST_FAILOVERS").map_or(3, |text| text.parse().unwrap());
     let mut deployment = Deployment::start();
     let url = deployment.url();
     let (holds, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));

@@ -13,6 +13,8 @@ use crate::types::Held;
 const KEPT: Duration = Duration::from_secs(3);
 /// And how many at most.
 const MOST: usize = 4_096;
+/// After how long one that got no answer is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// The claims that were released last, while anything is released at all.
 #[derive(Debug, Default)]
@@ -45,8 +47,13 @@ pub(super) fn attend(store: &Arc<RedisStore>) {
                 let store = store.clone();
                 tokio::spawn(async move {
                     // Each claim has an id of its own: this can free no lock but its own.
-                    if let Err(error) = store.give_back(&held, false, false).await {
+                    let until = clock::now().plus(KEPT);
+                    while let Err(error) = store.give_back(&held, false, false).await {
                         tracing::debug!(lock = %held.name, %error, "not given back again on the new master");
+                        if !error.is_transient() || clock::now() >= until {
+                            break;
+                        }
+                        clock::sleep(AGAIN).await;
                     }
                 });
             }

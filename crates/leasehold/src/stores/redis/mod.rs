@@ -270,9 +270,10 @@ impl RedisStore {
     }
 
     async fn release_once(&self, held: &Held, asking: bool) -> Result<Released> {
-        let before = self.connector.generation();
+        let is_followed = self.connector.sentinels().is_some();
+        let before = if is_followed { self.connector.generation() } else { None };
         let answer = self.give_back(held, true, asking).await;
-        if matches!(answer, Ok(Released::Released)) && self.connector.sentinels().is_some() {
+        if is_followed && matches!(answer, Ok(Released::Released)) {
             self.lately.note(held);
             if before.is_some() && before != self.connector.generation() {
                 // Answered by a master that is one no more, perhaps after the next was told what had been released.
